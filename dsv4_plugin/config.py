@@ -1,0 +1,182 @@
+"""Geometry of a DeepSeek-V4 model, read once from its config.json (docs/model.md §1)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Mapping
+
+ARCHITECTURE = "DeepseekV4ForCausalLM"
+COMPRESS_RATIOS = (0, 4, 128)
+
+# Fields that only the V4.1 family carries; a config that sets one describes another model.
+_OTHER_FAMILY = ("kv_source_layer_ids", "engram_layer_ids", "engram_vocab_size", "vision_n_layers",
+                 "hc_pre_from_prev_sublayer")
+
+_FIXED = {"num_key_value_heads": 1, "head_dim": 512, "qk_rope_head_dim": 64, "index_head_dim": 128,
+          "sliding_window": 128, "hc_mult": 4, "n_shared_experts": 1, "scoring_func": "sqrtsoftplus",
+          "topk_method": "noaux_tc", "norm_topk_prob": True, "hidden_act": "silu",
+          "tie_word_embeddings": False, "attention_bias": False}
+
+
+class Precision(str, Enum):
+    """What is rounded (docs/precision.md)."""
+
+    EXACT = "exact"
+    """Dequantised weights, fp32 caches and arithmetic: for checking."""
+    OFFICIAL = "official"
+    """EXACT plus the roundings the model was trained with: cached latents to FP8, indexer to FP4."""
+    SERVING = "serving"
+    """bf16 activations and the packed caches that kernels read."""
+
+
+class ConfigError(ValueError):
+    """A config.json that does not describe a DeepSeek-V4 model this package can run."""
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN scaling of the compressed layers' RoPE; cos and sin are not scaled."""
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes and constants of one model. Names are those of config.json."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    compress_ratios: tuple[int, ...]
+    """One entry per backbone layer, then one per MTP block."""
+    index_n_heads: int
+    index_topk: int
+    num_hash_layers: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    routed_scaling_factor: float
+    swiglu_limit: float
+    vocab_size: int
+    max_position_embeddings: int
+    rope_theta: float
+    compress_rope_theta: float
+    yarn: Yarn
+    num_nextn_predict_layers: int = 1
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6
+    expert_dtype: str = "fp4"
+    bos_token_id: int = 0
+    eos_token_id: int = 1
+    head_dim: int = 512
+    qk_rope_head_dim: int = 64
+    index_head_dim: int = 128
+    sliding_window: int = 128
+    hc_mult: int = 4
+    weight_block: tuple[int, int] = (128, 128)
+
+    @property
+    def nope_head_dim(self) -> int:
+        return self.head_dim - self.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.head_dim**-0.5
+
+    @property
+    def num_layers(self) -> int:
+        """Backbone layers and MTP blocks."""
+        return self.num_hidden_layers + self.num_nextn_predict_layers
+
+    def is_hash_routed(self, layer: int) -> bool:
+        return layer < self.num_hash_layers
+
+    @classmethod
+    def from_dir(cls, model_dir: str | Path) -> Geometry:
+        """Reads `model_dir`/config.json. Raises ConfigError naming the file when it is absent or not JSON."""
+        path = Path(model_dir) / "config.json"
+        try:
+            config = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"{path} does not exist; give the directory of a DeepSeek-V4 checkpoint") from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is not valid JSON: {error}") from None
+        return cls.from_config(config)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Geometry:
+        """Geometry of a config.json mapping.
+
+        Raises ConfigError with the field, its value and what is supported, for another architecture, a V4.1
+        field, a missing field, an unknown compress ratio, or sizes that contradict one another.
+        """
+        _check_family(config)
+        for name, supported in _FIXED.items():
+            if config.get(name, supported) != supported:
+                raise ConfigError(f"config.json: {name} is {config[name]!r}; DeepSeek-V4 has {supported!r}")
+        scaling = _require(config, "rope_scaling")
+        kind = scaling.get("type", scaling.get("rope_type"))
+        if kind != "yarn":
+            raise ConfigError(f"config.json: rope_scaling type is {kind!r}; DeepSeek-V4 uses 'yarn'")
+        geometry = cls(
+            compress_ratios=tuple(_require(config, "compress_ratios")),
+            yarn=Yarn(float(scaling["factor"]), float(scaling["beta_fast"]), float(scaling["beta_slow"]),
+                      int(scaling["original_max_position_embeddings"])),
+            **{name: _require(config, name) for name in _REQUIRED},
+            **{name: config[name] for name in _OPTIONAL if config.get(name) is not None},
+        )
+        geometry._check_sizes()
+        return geometry
+
+    def _check_sizes(self) -> None:
+        ratios = self.compress_ratios
+        unknown = sorted({ratio for ratio in ratios if ratio not in COMPRESS_RATIOS})
+        if unknown:
+            raise ConfigError(f"config.json: compress_ratios holds {unknown}; DeepSeek-V4 has {COMPRESS_RATIOS}")
+        if len(ratios) != self.num_layers:
+            raise ConfigError(f"config.json: compress_ratios has {len(ratios)} entries for {self.num_hidden_layers} "
+                              f"layers and {self.num_nextn_predict_layers} MTP blocks")
+        if any(ratios[self.num_hidden_layers:]):
+            raise ConfigError(f"config.json: the MTP blocks' compress_ratios are {ratios[self.num_hidden_layers:]}, "
+                              "they must be 0")
+        if self.num_attention_heads % self.o_groups:
+            raise ConfigError(f"config.json: o_groups {self.o_groups} does not divide "
+                              f"num_attention_heads {self.num_attention_heads}")
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise ConfigError(f"config.json: num_experts_per_tok {self.num_experts_per_tok} exceeds "
+                              f"n_routed_experts {self.n_routed_experts}")
+        if self.expert_dtype not in ("fp4", "fp8"):
+            raise ConfigError(f"config.json: expert_dtype is {self.expert_dtype!r}; supported are 'fp4' and 'fp8'")
+
+
+_REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "q_lora_rank", "o_groups", "o_lora_rank",
+             "index_n_heads", "index_topk", "num_hash_layers", "n_routed_experts", "num_experts_per_tok",
+             "moe_intermediate_size", "routed_scaling_factor", "swiglu_limit", "vocab_size",
+             "max_position_embeddings", "rope_theta", "compress_rope_theta")
+_OPTIONAL = ("num_nextn_predict_layers", "hc_sinkhorn_iters", "hc_eps", "rms_norm_eps", "expert_dtype",
+             "bos_token_id", "eos_token_id")
+
+
+def _check_family(config: Mapping[str, Any]) -> None:
+    architectures = config.get("architectures") or []
+    if ARCHITECTURE not in architectures:
+        raise ConfigError(f"config.json: architectures is {architectures}; this package serves {ARCHITECTURE}")
+    for name in _OTHER_FAMILY:
+        if config.get(name):
+            raise ConfigError(f"config.json: {name} is set; that is a DeepSeek-V4.1 field, and V4.1 is not supported")
+
+
+def _require(config: Mapping[str, Any], name: str) -> Any:
+    if config.get(name) is None:
+        raise ConfigError(f"config.json: {name} is missing")
+    return config[name]

@@ -1,0 +1,143 @@
+"""Number formats of DeepSeek-V4: FP8 e4m3, FP4 e2m1 and their power-of-two (ue8m0) block scales.
+
+Plain torch, the definition of every rounding the package makes (docs/model.md §2, §6). Rounding is to nearest
+even and saturating.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FP8_MAX = 448.0
+FP4_MAX = 6.0
+ACTIVATION_AMAX_FLOOR = 1e-4
+FP4_AMAX_FLOOR = 6.0 * 2.0**-126
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitude of each e2m1 code 0..7; bit 3 of a code is the sign."""
+
+
+def ue8m0_to_float(scale: Tensor) -> Tensor:
+    """2^(b-127) of ue8m0 bytes (uint8 or float8_e8m0fnu), as fp32. Byte 0 is 2^-127, a denormal."""
+    exponent = scale.view(torch.uint8).to(torch.int32) - 127
+    return torch.ldexp(torch.ones(exponent.shape, device=scale.device), exponent)
+
+
+def ue8m0_bytes(scale: Tensor) -> Tensor:
+    """The ue8m0 byte (uint8) of each fp32 power of two in [2^-126, 2^127]: its biased exponent."""
+    return ((scale.contiguous().view(torch.int32) >> 23) & 0xFF).to(torch.uint8)
+
+
+def _power_of_two_at_least(x: Tensor) -> Tensor:
+    """2^ceil(log2 x) for positive normal fp32 x, exactly."""
+    bits = x.contiguous().view(torch.int32)
+    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(torch.int32)
+    return (exponent << 23).view(torch.float32)
+
+
+def _blocks(x: Tensor, block: int) -> Tensor:
+    if x.shape[-1] % block:
+        raise ValueError(f"last dimension {x.shape[-1]} is not a multiple of the block {block}")
+    return x.float().unflatten(-1, (-1, block))
+
+
+def quantize_fp8(x: Tensor, block: int, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> tuple[Tensor, Tensor]:
+    """FP8 e4m3 of `x` [..., n] and its fp32 scales [..., n/block], powers of two: 2^ceil(log2(max(amax, floor)/448))."""
+    blocks = _blocks(x, block)
+    amax = blocks.abs().amax(-1, keepdim=True).clamp_min(amax_floor)
+    scale = _power_of_two_at_least(amax / FP8_MAX)
+    values = (blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return values.flatten(-2), scale.squeeze(-1)
+
+
+def dequantize_fp8(values: Tensor, scale: Tensor) -> Tensor:
+    """fp32 of FP8 `values` [..., n] with one scale per n / scale.shape[-1] elements."""
+    return (values.float().unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
+
+
+def round_to_fp8(x: Tensor, block: int) -> Tensor:
+    """`x` rounded through FP8 in blocks along the last dimension, in the dtype of `x`."""
+    return dequantize_fp8(*quantize_fp8(x, block)).to(x.dtype)
+
+
+def round_to_e2m1(x: Tensor) -> Tensor:
+    """Each fp32 value of `x` rounded to the nearest e2m1 value, ties to the even mantissa, saturating at 6."""
+    magnitude = x.abs().clamp(max=FP4_MAX)
+    # The spacing of e2m1 is 0.5 below 2, then 1, then 2; round() is to nearest even within each.
+    step = torch.where(magnitude < 2.0, 0.5, torch.where(magnitude < 4.0, 1.0, 2.0))
+    return torch.copysign(torch.round(magnitude / step) * step, x)
+
+
+def quantize_fp4(x: Tensor, block: int = 32, amax_floor: float = FP4_AMAX_FLOOR) -> tuple[Tensor, Tensor]:
+    """FP4 of `x` [..., n]: e2m1 values as fp32 [..., n] and fp32 power-of-two scales [..., n/block]."""
+    blocks = _blocks(x, block)
+    amax = blocks.abs().amax(-1, keepdim=True).clamp_min(amax_floor)
+    scale = _power_of_two_at_least(amax / FP4_MAX)
+    return round_to_e2m1(blocks / scale).flatten(-2), scale.squeeze(-1)
+
+
+def round_to_fp4(x: Tensor, block: int = 32) -> Tensor:
+    """`x` rounded through FP4 in blocks along the last dimension, in the dtype of `x`."""
+    return dequantize_fp8(*quantize_fp4(x, block)).to(x.dtype)
+
+
+def pack_fp4(values: Tensor) -> Tensor:
+    """int8 [..., n/2] of e2m1 `values` [..., n]: two codes a byte, the even column in the low nibble."""
+    code = torch.bucketize(values.abs(), torch.tensor(FP4_VALUES, device=values.device))
+    code = code | (torch.signbit(values).to(torch.int64) << 3)
+    return (code[..., 0::2] | (code[..., 1::2] << 4)).to(torch.uint8).view(torch.int8)
+
+
+def unpack_fp4(packed: Tensor) -> Tensor:
+    """fp32 [..., 2n] of packed e2m1 `packed` (int8 or uint8) [..., n]."""
+    table = torch.tensor(FP4_VALUES + tuple(-v for v in FP4_VALUES), device=packed.device)
+    codes = packed.view(torch.uint8).to(torch.int32)
+    return table[torch.stack((codes & 15, codes >> 4), -1).flatten(-2)]
+
+
+def dequantize_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32,
+                      block: tuple[int, int] = (128, 128)) -> Tensor:
+    """A released weight [..., out, in] in `dtype` (docs/model.md §2).
+
+    `weight` float8_e4m3fn [..., out, in] with `scale` [..., ceil(out/128), ceil(in/128)], or int8 packed FP4
+    [..., out, in/2] with `scale` [..., out, in/32]; scales are ue8m0 (float8_e8m0fnu) or fp32.
+    """
+    factor = scale.float() if scale.dtype == torch.float32 else ue8m0_to_float(scale)
+    if weight.dtype == torch.int8:
+        return dequantize_fp8(unpack_fp4(weight), factor).to(dtype)
+    rows, columns = weight.shape[-2:]
+    factor = factor.repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[..., :columns]
+    return (weight.float() * factor).to(dtype)
+
+
+def quantize_weight_fp8(weight: Tensor, block: tuple[int, int] = (128, 128)) -> tuple[Tensor, Tensor]:
+    """FP8 e4m3 and ue8m0 scale [ceil(out/128), ceil(in/128)] of a weight [out, in], as released files store it."""
+    rows, columns = weight.shape
+    grid = (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
+    padded = torch.zeros(grid[0] * block[0], grid[1] * block[1])
+    padded[:rows, :columns] = weight
+    tiles = padded.unflatten(1, (grid[1], block[1])).unflatten(0, (grid[0], block[0]))
+    scale = _power_of_two_at_least(tiles.abs().amax((1, 3), keepdim=True).clamp_min(ACTIVATION_AMAX_FLOOR) / FP8_MAX)
+    values = (tiles / scale).flatten(2, 3).flatten(0, 1)[:rows, :columns].to(torch.float8_e4m3fn)
+    return values.contiguous(), ue8m0_bytes(scale[:, 0, :, 0]).view(torch.float8_e8m0fnu)
+
+
+def quantize_weight_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed FP4 int8 [out, in/2] and ue8m0 scale [out, in/32] of a weight [out, in], as released files store it."""
+    values, scale = quantize_fp4(weight, 32, ACTIVATION_AMAX_FLOOR)
+    return pack_fp4(values), ue8m0_bytes(scale).view(torch.float8_e8m0fnu)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Walsh–Hadamard transform of the last dimension n (a power of two), Sylvester order, scaled by n^-0.5, in fp32."""
+    size = x.shape[-1]
+    y = x.float()
+    width = 1
+    while width < size:
+        pairs = y.unflatten(-1, (-1, 2, width))
+        even, odd = pairs[..., 0, :], pairs[..., 1, :]
+        y = torch.stack((even + odd, even - odd), -2).flatten(-3)
+        width *= 2
+    return y * size**-0.5
