@@ -1,0 +1,25 @@
+# make test     all tests, on a CPU, with the real host
+# make demo     a tiny checkpoint, the real server, one streamed chat completion
+# make install  .venv with this package, SGLang and the test tools; done once, again when pyproject.toml changes
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.dsv4-installed
+
+.PHONY: install test demo
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=")'
+	@test -x $(BIN)/python || { echo "== making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "== installing SGLang and the test tools into $(VENV) (the first time: minutes, about 11 GB)"
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[host,dev]'
+	@touch $@
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: install
+	$(BIN)/python examples/demo.py $(ARGS)
