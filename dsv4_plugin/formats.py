@@ -6,6 +6,7 @@ even and saturating.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -130,14 +131,14 @@ def quantize_weight_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return pack_fp4(values), ue8m0_bytes(scale).view(torch.float8_e8m0fnu)
 
 
+@functools.cache
+def _hadamard_matrix(size: int, device: torch.device) -> Tensor:
+    matrix = torch.ones(1, 1, device=device)
+    while matrix.shape[0] < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix * size**-0.5
+
+
 def hadamard(x: Tensor) -> Tensor:
     """Walsh–Hadamard transform of the last dimension n (a power of two), Sylvester order, scaled by n^-0.5, in fp32."""
-    size = x.shape[-1]
-    y = x.float()
-    width = 1
-    while width < size:
-        pairs = y.unflatten(-1, (-1, 2, width))
-        even, odd = pairs[..., 0, :], pairs[..., 1, :]
-        y = torch.stack((even + odd, even - odd), -2).flatten(-3)
-        width *= 2
-    return y * size**-0.5
+    return x.float() @ _hadamard_matrix(x.shape[-1], x.device)

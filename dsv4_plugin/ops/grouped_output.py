@@ -1,0 +1,23 @@
+"""Output projection, first half: inverse RoPE, then one matrix per group of heads (docs/model.md §3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..formats import dequantize_weight
+from .operator import operator
+from .rope import apply_rope
+
+
+@operator
+def grouped_output(o: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, scale: Tensor | None, groups: int) -> Tensor:
+    """[T, groups·rank] in the dtype of `o` [T, h, 512], whose heads form `groups` groups of consecutive heads.
+
+    `o` is rotated back by its query position (`cos`, `sin` [T, 32]); `weight` [groups·rank, h/groups·512] holds the
+    groups' matrices one after the other, dense or FP8 with 128×128 block scales.
+    """
+    if scale is not None:
+        weight = dequantize_weight(weight, scale, o.dtype)
+    o = apply_rope(o, cos, sin, inverse=True).reshape(o.shape[0], groups, weight.shape[1])
+    return torch.einsum("tgi,gri->tgr", o, weight.unflatten(0, (groups, -1))).flatten(1)

@@ -1,0 +1,45 @@
+"""Attention over cached latents: the window and the selected compressed entries, one softmax (docs/model.md §3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..cache.stores import SlotStore
+from .operator import operator
+
+_MAX_GATHERED = 1 << 24  # bounds the reference's gathered latents to 64 MiB
+
+
+def _load_once(cache: SlotStore, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """(latents [n, 512] of the distinct `slots`, row of each slot in them): shared keys are decoded once."""
+    distinct, row = slots.unique(return_inverse=True)
+    return cache.load(distinct), row
+
+
+@operator
+def sparse_mla(q: Tensor, window_cache: SlotStore, window: Tensor, compressed_cache: SlotStore | None,
+               compressed: Tensor | None, sink: Tensor, softmax_scale: float) -> Tensor:
+    """Attention output [T, h, 512] in the dtype of `q` [T, h, 512]; a latent is both key and value.
+
+    `window` int64 [T, 128] and `compressed` int64 [T, K] are slots of their caches, -1 where there is none. `sink`
+    fp32 [h] adds e^sink to each head's softmax denominator. Logits, softmax and sums are fp32.
+    """
+    latents, rows = _load_once(window_cache, window)
+    slots = window
+    if compressed is not None and compressed.shape[1]:
+        more, more_rows = _load_once(compressed_cache, compressed)
+        rows = torch.cat((rows, more_rows + latents.shape[0]), 1)
+        latents, slots = torch.cat((latents, more)), torch.cat((window, compressed), 1)
+    out = torch.empty_like(q)
+    block = max(1, _MAX_GATHERED // (slots.shape[1] * latents.shape[-1]))
+    for start in range(0, q.shape[0], block):
+        part = slice(start, start + block)
+        keys = latents[rows[part]]
+        logits = (q[part].float() @ keys.transpose(1, 2)) * softmax_scale
+        logits.masked_fill_((slots[part] < 0).unsqueeze(1), float("-inf"))
+        amax = torch.maximum(logits.amax(-1), sink)
+        p = (logits - amax.unsqueeze(-1)).exp_()
+        denominator = p.sum(-1) + (sink - amax).exp()
+        out[part] = ((p @ keys) / denominator.unsqueeze(-1)).to(q.dtype)
+    return out

@@ -1,0 +1,29 @@
+"""Exact selection of the compressed entries a token attends to (docs/model.md §3.4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .operator import operator
+
+
+@operator
+def topk_select(logits: Tensor, visible: Tensor, topk: int) -> Tensor:
+    """Entry numbers int64 [T, min(topk, E)] of the largest `logits` fp32 [T, E], ascending, -1 past the last.
+
+    Only the first `visible` [T] entries of a row count; a row that sees no more than `topk` selects all of them. Equal
+    logits at the border go to the lowest entry numbers.
+    """
+    entries = logits.shape[1]
+    number = torch.arange(entries, device=logits.device)
+    seen = number < visible.unsqueeze(-1)
+    if entries <= topk:
+        return torch.where(seen, number, -1)
+    logits = logits.masked_fill(~seen, float("-inf"))
+    border = logits.topk(topk, -1).values[:, -1:]
+    above = logits > border
+    tied = (logits == border) & seen
+    chosen = above | (tied & (tied.cumsum(-1) <= topk - above.sum(-1, keepdim=True)))
+    numbers = torch.where(chosen & seen, number, entries).topk(topk, -1, largest=False, sorted=True).values
+    return numbers.masked_fill(numbers == entries, -1)

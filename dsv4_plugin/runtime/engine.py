@@ -1,0 +1,131 @@
+"""Ragged batches over paged caches: any mix of prefill chunks and decode rows in one step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..cache import PAGE_TOKENS
+from ..model import DeepseekV4
+from ..ops import build_step_plan, sample_greedy
+from ..ops.step_plan import StepPlan
+from .pool import Pages, PoolFull, make_caches
+
+
+@dataclass
+class Sequence:
+    """One request of an engine: its row of the slot table, its pages and the tokens computed so far."""
+
+    row: int
+    length: int = 0
+    pages: list[int] = field(default_factory=list)
+    window_pages: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """Runs a DeepseekV4 on ragged batches; holds pages for `max_tokens` tokens and `max_requests` sequences.
+
+    `page_seed` shuffles the order of full and window pages, which must not change any result.
+    """
+
+    def __init__(self, model: DeepseekV4, max_tokens: int = 16384, max_requests: int = 32,
+                 page_seed: int | None = None):
+        self.model = model
+        self.device = model.embed.weight.device
+        pages = -(-max_tokens // PAGE_TOKENS) + max_requests + 1
+        self.caches = make_caches(model.geometry, model.precision, pages, max_requests + 1, self.device)
+        self._pages = Pages(pages, page_seed)
+        self._window_pages = Pages(pages, None if page_seed is None else page_seed + 1)
+        self._rows = list(range(max_requests, 0, -1))
+        self._slots = torch.zeros(max_requests + 1, pages * PAGE_TOKENS, dtype=torch.int64, device=self.device)
+        self._full_to_window = torch.zeros(pages * PAGE_TOKENS, dtype=torch.int64, device=self.device)
+
+    def open(self) -> Sequence:
+        """A new empty sequence. Raises PoolFull when all rows are taken."""
+        if not self._rows:
+            raise PoolFull("all request rows are taken; close a sequence or give the engine more requests")
+        return Sequence(self._rows.pop())
+
+    def close(self, sequence: Sequence) -> None:
+        """Frees the sequence's row and pages."""
+        self._rows.append(sequence.row)
+        self._pages.give_back(sequence.pages)
+        self._window_pages.give_back(sequence.window_pages)
+        sequence.pages, sequence.window_pages = [], []
+
+    def _grow(self, sequence: Sequence, count: int) -> None:
+        needed = -(-(sequence.length + count) // PAGE_TOKENS) - len(sequence.pages)
+        pages, window_pages = self._pages.take(needed), self._window_pages.take(needed)
+        within = torch.arange(PAGE_TOKENS, device=self.device)
+        for page, window_page in zip(pages, window_pages):
+            start = len(sequence.pages) * PAGE_TOKENS
+            self._slots[sequence.row, start:start + PAGE_TOKENS] = page * PAGE_TOKENS + within
+            self._full_to_window[page * PAGE_TOKENS + within] = window_page * PAGE_TOKENS + within
+            sequence.pages.append(page)
+            sequence.window_pages.append(window_page)
+
+    def plan(self, batch: list[tuple[Sequence, int]]) -> StepPlan:
+        """The step plan that adds that many tokens to each sequence; pages are taken, lengths advance."""
+        prefix = torch.tensor([sequence.length for sequence, _ in batch], dtype=torch.int64)
+        counts = torch.tensor([count for _, count in batch], dtype=torch.int64)
+        for sequence, count in batch:
+            self._grow(sequence, count)
+            sequence.length += count
+        seq_lens = prefix + counts
+        request = torch.arange(len(batch)).repeat_interleave(counts)
+        first = (counts.cumsum(0) - counts)[request]
+        position = prefix[request] + torch.arange(request.shape[0]) - first
+        row = torch.tensor([sequence.row for sequence, _ in batch], dtype=torch.int64)
+        position, request, prefix, lens, row = (t.to(self.device) for t in (position, request, prefix, seq_lens, row))
+        return build_step_plan(position, request, self._slots[row[request], position], prefix, lens, self._slots, row,
+                               self._full_to_window, max(counts.tolist(), default=0),
+                               max(seq_lens.tolist(), default=0))
+
+    @torch.inference_mode()
+    def forward(self, batch: list[tuple[Sequence, list[int]]]) -> Tensor:
+        """Streams [T, 4, d] of the new tokens of all sequences, in the order given."""
+        plan = self.plan([(sequence, len(tokens)) for sequence, tokens in batch])
+        ids = torch.tensor([token for _, tokens in batch for token in tokens], dtype=torch.int64, device=self.device)
+        return self.model(ids, plan, self.caches)
+
+    @torch.inference_mode()
+    def logits(self, streams: Tensor) -> Tensor:
+        """fp32 logits [T, vocab] of backbone streams."""
+        return self.model.logits(self.model.collapse(streams))
+
+    @torch.inference_mode()
+    def score(self, prompt: list[int], chunks: Iterable[int] | None = None) -> Tensor:
+        """fp32 logits [len(prompt), vocab], prefilled in one chunk or in chunks of the given lengths."""
+        sequence = self.open()
+        try:
+            parts, start = [], 0
+            for size in chunks or [len(prompt)]:
+                parts.append(self.logits(self.forward([(sequence, prompt[start:start + size])])))
+                start += size
+            return torch.cat(parts)
+        finally:
+            self.close(sequence)
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, chunk: int = 2048) -> list[list[int]]:
+        """Greedy continuations of all prompts, decoded as one batch; no token ends a sequence early."""
+        sequences = [self.open() for _ in prompts]
+        try:
+            last = [self._prefill(sequence, prompt, chunk) for sequence, prompt in zip(sequences, prompts)]
+            out = [[token] for token in last]
+            for _ in range(max_new_tokens - 1):
+                streams = self.forward([(s, [tokens[-1]]) for s, tokens in zip(sequences, out)])
+                for tokens, token in zip(out, sample_greedy(self.logits(streams)).tolist()):
+                    tokens.append(token)
+            return out
+        finally:
+            for sequence in sequences:
+                self.close(sequence)
+
+    def _prefill(self, sequence: Sequence, prompt: list[int], chunk: int) -> int:
+        for start in range(0, len(prompt), chunk):
+            streams = self.forward([(sequence, prompt[start:start + chunk])])
+        return int(sample_greedy(self.logits(streams[-1:])))
