@@ -13,6 +13,7 @@ from ..cache import Caches
 from ..config import Geometry, Precision
 from ..ops import mhc_head, mhc_post, mhc_pre
 from ..ops.block_fp8_linear import linear_fp32
+from ..ops.operator import HERE
 from ..ops.rms_norm_quant import rms_norm
 from ..ops.rope import inverse_frequencies
 from ..ops.step_plan import StepPlan
@@ -30,6 +31,7 @@ class Block(nn.Module):
         super().__init__()
         geometry = build.geometry
         n, d = geometry.hc_mult, geometry.hidden_size
+        self.layer, self.ratio = layer, geometry.compress_ratios[layer]
         self.iterations, self.hc_eps, self.eps = geometry.hc_sinkhorn_iters, geometry.hc_eps, geometry.rms_norm_eps
         self.attn_norm, self.attn = build.norm(d), Attention(build, layer)
         self.ffn_norm, self.ffn = build.norm(d), FeedForward(build, layer)
@@ -40,6 +42,7 @@ class Block(nn.Module):
 
     def forward(self, streams: Tensor, step: Step) -> Tensor:
         """Streams [T, 4, d] after the layer."""
+        HERE.layer, HERE.ratio = self.layer, self.ratio
         for norm, layer, fn, base, scale in (
             (self.attn_norm, self.attn, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale),
             (self.ffn_norm, self.ffn, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale),
@@ -110,6 +113,7 @@ class DeepseekV4(nn.Module, HeadCollapse):
             self.register_buffer(f"frequencies_{ratio}", inverse_frequencies(geometry, ratio).to(build.device), False)
 
     def _step(self, token_ids: Tensor, plan: StepPlan, caches: Caches) -> Step:
+        HERE.phase, HERE.layer, HERE.ratio = plan.phase, -1, -1
         ratios = sorted(set(self.geometry.compress_ratios) & {0, *plan.compression})
         frequencies = {ratio: getattr(self, f"frequencies_{ratio}") for ratio in ratios}
         return Step(token_ids, plan, caches, rotations(plan, frequencies))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..cache.layout import PAGE_TOKENS, entry_slots, request_ring_row, window_ring_row
+from .operator import operator
 
 WINDOW = 128
 RING_ROWS = MappingProxyType({4: 8, 128: 128})
@@ -67,6 +68,11 @@ class StepPlan:
     compression: dict[int, Compression]
     """By compress ratio."""
 
+    @property
+    def phase(self) -> str:
+        """"decode" when no request has more than one row, else "prefill"."""
+        return "decode" if self.max_queries <= 1 else "prefill"
+
     def visible(self, ratio: int) -> Tensor:
         """int64 [T]: number of compressed entries the row sees, (position + 1) // ratio."""
         return (self.position + 1) // ratio
@@ -84,6 +90,7 @@ class StepPlan:
         return slots.masked_fill(~seen, -1)
 
 
+@operator
 def build_step_plan(position: Tensor, request: Tensor, out_slot: Tensor, prefix_lens: Tensor, seq_lens: Tensor,
                     slot_table: Tensor, slot_row: Tensor, full_to_window: Tensor, max_queries: int, max_seq_len: int,
                     rings: Mapping[int, int] = RING_ROWS) -> StepPlan:

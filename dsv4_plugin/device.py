@@ -1,0 +1,37 @@
+"""Facts of the device this process runs on."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+
+CPU = "cpu"
+
+
+@functools.cache
+def arch() -> str:
+    """"gfx950", "gfx942", "sm_90", … of the first visible GPU, or "cpu"."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return CPU
+    properties = torch.cuda.get_device_properties(0)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def interprets_triton() -> bool:
+    """Whether Triton kernels run interpreted on the CPU in this process."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def package_version(name: str) -> str | None:
+    """Installed version of a distribution or importable package, None when absent."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown" if importlib.util.find_spec(name) else None
