@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,46 +12,35 @@ from .comparison import (CostRow, Disagreement, Headline, IsoTable, cost_rows, d
                          levels_within)
 from .cost import CostTable, dollars_per_million
 from .curves import Curve, PublishedTable, load_other_stacks
-from .plot import Limit, draw
-
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading, paragraphs of text, tables and, where `figure` is set, the Pareto figure."""
-
-    heading: str
-    paragraphs: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
-    figure: bool = False
+from .distance import Distance
+from .page import Section, markdown, number, page
+from .plot import draw
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a report shows. `limits` holds (curve, limit) texts of `dsv4 roofline` when it was asked for."""
+    """Everything a report shows; `far` is the distance to the hardware's limit where it was asked for."""
 
     curves: tuple[Curve, ...]
     published: PublishedTable | None
     costs: CostTable
     iso: IsoTable
-    limit: Limit | None = None
-    limit_section: Section | None = None
+    far: Distance | None = None
 
     @classmethod
     def of(cls, curves: Sequence[Curve], published: PublishedTable | None, costs: CostTable,
-           levels: Sequence[float] = (), limit: Limit | None = None, limit_section: Section | None = None) -> Report:
+           levels: Sequence[float] = (), far: Distance | None = None) -> Report:
         """Builds the tables. Without levels: the article's, and round ones for curves that none of those reaches."""
         chosen = set(levels or (published.iso_levels if published else ()))
         if not levels:
             for curve in curves:
                 if not curve.published and not any(curve.frontier.at(level) is not None for level in chosen):
                     chosen.update(levels_within(curve))
-        return cls(tuple(curves), published, costs, iso_table(curves, sorted(chosen)), limit, limit_section)
+        return cls(tuple(curves), published, costs, iso_table(curves, sorted(chosen)), far)
 
     def write(self, directory: Path) -> list[Path]:
         """Writes pareto.png, pareto.svg, iso_interactivity.csv, cost.csv, report.md and report.html; returns their paths."""
-        figure = draw(self.curves, self.limit)
+        figure = draw(self.curves, self.far.limit if self.far else None)
         picture = io.StringIO()
         figure.savefig(picture, format="svg")
         sections = self.sections()
@@ -73,8 +61,8 @@ class Report:
 
     def sections(self) -> list[Section]:
         sections = [self._summary(), self._iso(), self._gains(), self._cost()]
-        if self.limit_section:
-            sections.append(self.limit_section)
+        if self.far:
+            sections.append(self.far.section())
         if self.published:
             sections.append(_agreement(self.published, disagreements(self.published)))
             sections.append(_other_stacks())
@@ -88,13 +76,13 @@ class Report:
         compared = headline([curve for curve in self.curves if curve.published] if self.published else self.curves)
         if compared:
             lines.append(_headline_text(compared, self.published))
-        peaks = [[curve.label, _number(curve.peak.tput_per_gpu), str(curve.peak.concurrency), f"{curve.peak.intvty:.2f}",
+        peaks = [[curve.label, number(curve.peak.tput_per_gpu), str(curve.peak.concurrency), f"{curve.peak.intvty:.2f}",
                   curve.peak.layout] for curve in self.curves]
         return Section("Throughput against interactivity", tuple(lines),
                        ((("curve", "peak tokens/s/GPU", "at concurrency", "tokens/s/user", "layout"), peaks),), figure=True)
 
     def _iso(self) -> Section:
-        rows = [[f"{level:g}", *("–" if cell is None else _number(cell) for cell in row)]
+        rows = [[f"{level:g}", *("–" if cell is None else number(cell) for cell in row)]
                 for level, row in zip(self.iso.levels, self.iso.cells)]
         text = ("Tokens per second per GPU at matched interactivity, interpolated along each curve's Pareto frontier by a "
                 "monotone cubic (Steffen 1990). – is outside the measured range: unreachable, never extrapolated.")
@@ -115,7 +103,7 @@ class Report:
         for curve in self.curves:
             for owner, price in self.costs.prices(curve.hardware).items():
                 peak = curve.peak
-                rows.append([curve.column, owner, f"{price:.2f}", _number(peak.tput_per_gpu),
+                rows.append([curve.column, owner, f"{price:.2f}", number(peak.tput_per_gpu),
                              *(f"{dollars_per_million(price, tput):.3f}"
                                for tput in (peak.tput_per_gpu, peak.input_tput_per_gpu, peak.output_tput_per_gpu))])
         unpriced = sorted({c.hardware for c in self.curves if not self.costs.prices(c.hardware)})
@@ -130,7 +118,7 @@ class Report:
         return Section("Cost", tuple(lines), ((columns, rows),) if rows else ())
 
     def _points(self) -> Section:
-        rows = [[curve.column, point.layout, str(point.concurrency), _number(point.tput_per_gpu), f"{point.intvty:.2f}",
+        rows = [[curve.column, point.layout, str(point.concurrency), number(point.tput_per_gpu), f"{point.intvty:.2f}",
                  "" if point.tpot_ms is None else f"{point.tpot_ms:.2f}"] for curve in self.curves for point in curve.points]
         sources = dict.fromkeys(point.source for curve in self.curves for point in curve.points if point.source)
         columns = ("curve", "layout", "concurrency", "tokens/s/GPU", "tokens/s/user", "TPOT ms")
@@ -139,7 +127,7 @@ class Report:
 
 def _headline_text(compared: Headline, published: PublishedTable | None) -> str:
     start, end = compared.first.most_interactive, compared.last.peak
-    text = (f"{compared.first.column} to {compared.last.column}: {_number(end.tput_per_gpu)} against {_number(start.tput_per_gpu)} "
+    text = (f"{compared.first.column} to {compared.last.column}: {number(end.tput_per_gpu)} against {number(start.tput_per_gpu)} "
             f"tokens/s/GPU = {compared.throughput_gain:.1f}x, tokens/s/user {compared.interactivity_gain:.2f}x")
     text += f", in {compared.days} days." if compared.days is not None else "."
     if published:
@@ -160,7 +148,7 @@ def _quoted_text(published: PublishedTable, costs: CostTable) -> str:
 
 
 def _agreement(published: PublishedTable, found: Sequence[Disagreement]) -> Section:
-    rows = [[each.date, f"{each.level:g}", f"{each.article:g}", "–" if each.ours is None else _number(each.ours),
+    rows = [[each.date, f"{each.level:g}", f"{each.article:g}", "–" if each.ours is None else number(each.ours),
              "" if each.difference is None else f"{100 * each.difference:+.1f} %"] for each in found]
     cells = sum(cell is not None for row in published.iso_cells.values() for cell in row.values())
     text = (f"{cells - len(found)} of the article's {cells} cells follow from its printed points within 1 %. The others need "
@@ -180,10 +168,6 @@ def _other_stacks() -> Section:
     return Section("Other stacks", (text,), ((("GPU", "stack", "model", "date", "layout", "points", "source"), rows),))
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 1 else f"{value:.3g}"
-
-
 def _csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -198,50 +182,3 @@ def _cost_csv(rows: Iterable[CostRow]) -> str:
     return _csv(columns, ([row.curve.column, row.curve.hardware, row.concurrency, f"{row.tput_per_gpu:g}", f"{row.intvty:g}",
                            row.owner, f"{row.dollars_per_gpu_hour:g}", f"{row.total:.4f}", f"{row.input:.4f}", f"{row.output:.4f}"]
                           for row in rows))
-
-
-def markdown(sections: Sequence[Section]) -> str:
-    """GitHub Markdown that links pareto.png."""
-    lines: list[str] = []
-    for index, section in enumerate(sections):
-        lines += [f"{'#' if index == 0 else '##'} {section.heading}", ""]
-        lines += ["![Pareto curves](pareto.png)", ""] if section.figure else []
-        for paragraph in section.paragraphs:
-            lines += [paragraph, ""]
-        for columns, rows in section.tables:
-            lines += _markdown_row(columns), _markdown_row(["---"] * len(columns)), *map(_markdown_row, rows), ""
-    return "\n".join(lines)
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-svg { width: 100%; height: auto; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.8rem; text-align: right; border-bottom: 1px solid #e3e3e3; }
-th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid #999; }
-"""
-
-
-def page(sections: Sequence[Section], picture: str) -> str:
-    """One HTML page with the figure inside it; `picture` is SVG text."""
-    escape: Callable[[str], str] = html.escape
-    parts = ["<!doctype html>", '<html lang="en"><head><meta charset="utf-8">',
-             '<meta name="viewport" content="width=device-width">',
-             f"<title>{escape(sections[0].heading)}</title><style>{_STYLE}</style></head><body>"]
-    for index, section in enumerate(sections):
-        level = "h1" if index == 0 else "h2"
-        parts.append(f"<{level}>{escape(section.heading)}</{level}>")
-        if section.figure:
-            parts.append(picture[picture.index("<svg"):])
-        parts += [f"<p>{escape(paragraph)}</p>" for paragraph in section.paragraphs]
-        for columns, rows in section.tables:
-            head = "".join(f"<th>{escape(cell)}</th>" for cell in columns)
-            body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-            parts.append(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
-    parts.append("</body></html>")
-    return "\n".join(parts) + "\n"

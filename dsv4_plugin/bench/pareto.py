@@ -39,6 +39,10 @@ class Frontier:
             return float(self.tput[0])
         return float(monotone_cubic(self.intvty, self.tput, np.array([intvty]))[0])
 
+    def holds(self, intvty: float, tput: float) -> bool:
+        """Whether a measured point is one of the frontier's."""
+        return bool(np.any((self.intvty == intvty) & (self.tput == tput)))
+
     def curve(self, samples: int = 200) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The interpolated frontier as (intvty, tput) for drawing."""
         if len(self.intvty) == 1:

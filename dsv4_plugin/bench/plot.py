@@ -10,31 +10,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .curves import Curve
+from .pareto import Frontier
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
 
 _MARKERS = "osD^vPX*"
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A best possible curve: `intvty` [n] rising and `tput` [n] falling, as Frontier holds them."""
+    """A best possible curve with the name that the legend gives it."""
 
     label: str
-    intvty: NDArray[np.float64]
-    tput: NDArray[np.float64]
+    frontier: Frontier
 
     def fraction(self, intvty: float, tput: float) -> float | None:
         """Measured throughput over the best possible at the same interactivity; None where the limit does not reach.
 
         Left of the limit's range its highest throughput counts: being slower for the user cannot lower the bound.
         """
-        if intvty > self.intvty[-1]:
-            return None
-        return tput / float(np.exp(np.interp(intvty, self.intvty, np.log(self.tput))))
+        bound = self.frontier.at(max(intvty, float(self.frontier.intvty[0])))
+        return None if bound is None else tput / bound
 
 
 def draw(curves: Sequence[Curve], limit: Limit | None = None) -> Figure:
@@ -53,7 +52,7 @@ def draw(curves: Sequence[Curve], limit: Limit | None = None) -> Figure:
         axes, lower = figure.subplots(), None
     colours = _colours(len(curves))
     if limit:
-        axes.plot(limit.intvty, limit.tput, color="0.35", linestyle="--", linewidth=1.4, label=limit.label, zorder=1)
+        axes.plot(*limit.frontier.curve(), color="0.35", linestyle="--", linewidth=1.4, label=limit.label, zorder=1)
     for index, (curve, colour) in enumerate(zip(curves, colours)):
         marker = _MARKERS[index % len(_MARKERS)]
         _draw_curve(axes, curve, colour, marker)
@@ -66,14 +65,14 @@ def draw(curves: Sequence[Curve], limit: Limit | None = None) -> Figure:
     axes.set_ylabel("throughput per GPU, input + output (tokens/s/GPU)")
     axes.grid(True, which="major", color="0.88", linewidth=0.8)
     axes.grid(True, which="minor", axis="y", color="0.95", linewidth=0.5)
-    axes.set_title(_title(curves), fontsize=11)
-    axes.legend(loc="upper right", fontsize=8.5, framealpha=0.95, title_fontsize=7.5,
-                title="numbers: concurrency; hollow: beaten by another point of its curve")
-    axes.set_xlim(left=0)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8.5, title_fontsize=9.5, frameon=False,
+                  title=f"{_title(curves)}\nnumbers: concurrency; hollow: beaten by another point of its curve")
+    # The limit goes far beyond any user's interactivity; the axis ends a little after the measurements.
+    axes.set_xlim(0, 1.05 * max(point.intvty for curve in curves for point in curve.points))
     bottom = lower if lower is not None else axes
     bottom.set_xlabel("interactivity (tokens/s/user)")
     if lower is not None:
-        lower.set_ylabel("fraction of limit (%)")
+        lower.set_ylabel("of the limit at the\nsame interactivity (%)")
         lower.set_ylim(bottom=0)
         lower.grid(True, color="0.9", linewidth=0.7)
     _label_concurrency(figure, axes, curves, colours)
@@ -92,9 +91,8 @@ def _draw_curve(axes: Axes, curve: Curve, colour: tuple[float, ...], marker: str
     style = "-" if curve.published else (0, (5, 1))
     kind = "" if curve.published else " (own measurement)"
     axes.plot(x, y, color=colour, linewidth=1.8, linestyle=style, zorder=2)
-    on_frontier = set(zip(curve.frontier.intvty, curve.frontier.tput))
-    best = [p for p in curve.points if (p.intvty, p.tput_per_gpu) in on_frontier]
-    beaten = [p for p in curve.points if (p.intvty, p.tput_per_gpu) not in on_frontier]
+    best = [p for p in curve.points if curve.frontier.holds(p.intvty, p.tput_per_gpu)]
+    beaten = [p for p in curve.points if p not in best]
     axes.plot([p.intvty for p in best], [p.tput_per_gpu for p in best], marker, color=colour, markersize=6, zorder=3,
               label=curve.label + kind)
     axes.plot([p.intvty for p in beaten], [p.tput_per_gpu for p in beaten], marker, markeredgecolor=colour,
@@ -112,8 +110,7 @@ def _label_concurrency(figure: Figure, axes: Axes, curves: Sequence[Curve], colo
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure).draw()
-    legend = axes.get_legend()
-    taken = [legend.get_window_extent()] if legend else []
+    taken: list[Bbox] = []
     to_pixels = axes.transData.transform
     obstacles = np.array([to_pixels((p.intvty, p.tput_per_gpu)) for curve in curves for p in curve.points])
     lines = np.concatenate([to_pixels(np.column_stack(curve.frontier.curve())) for curve in curves])
@@ -132,7 +129,7 @@ def _label_concurrency(figure: Figure, axes: Axes, curves: Sequence[Curve], colo
                 text.remove()
 
 
-def _covers(box: Annotation, pixels: NDArray[np.float64], margin: float) -> bool:
+def _covers(box: Bbox, pixels: NDArray[np.float64], margin: float) -> bool:
     x, y = pixels[:, 0], pixels[:, 1]
     return bool(np.any((x > box.x0 - margin) & (x < box.x1 + margin) & (y > box.y0 - margin) & (y < box.y1 + margin)))
 

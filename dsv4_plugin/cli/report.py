@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..bench.curves import Curve, PublishedTable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--costs", type=Path, help="cost table to use instead of the shipped one (YAML)")
     parser.add_argument("--levels", type=_levels, default=(), metavar="A,B,...",
                         help="tokens/s/user of the matched-interactivity table")
+    parser.add_argument("--roofline", action="store_true",
+                        help="draw the hardware's limit, the fraction of it that each point reaches, and what holds it back")
+    parser.add_argument("--model", help="model of the limit: pro, flash or a config.json (default: the one that the results name)")
+    parser.add_argument("--gpu", help="GPU of the limit (default: the one that the results name)")
 
 
 def _levels(text: str) -> tuple[float, ...]:
@@ -29,24 +37,21 @@ def _levels(text: str) -> tuple[float, ...]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..bench.cost import SHIPPED, CostError, CostTable
-    from ..bench.curves import ResultError
+    from ..bench.cost import SHIPPED, CostTable
+    from ..bench.distance import distance
     from ..bench.document import Report
 
-    try:
-        costs = CostTable.load(arguments.costs or SHIPPED)
-        curves, published = _curves(arguments)
-    except (ResultError, CostError, ValueError) as error:
-        print(f"dsv4 report: {error}", file=sys.stderr)
-        return 2
-    report = Report.of(curves, published, costs, arguments.levels)
+    costs = CostTable.load(arguments.costs or SHIPPED)
+    curves, published = _curves(arguments)
+    far = distance(curves, arguments.model, arguments.gpu) if arguments.roofline else None
+    report = Report.of(curves, published, costs, arguments.levels, far)
     for path in report.write(arguments.out):
         print(path)
     return 0
 
 
-def _curves(arguments):
-    """(curves to draw, the published table if its curves are among them)."""
+def _curves(arguments: argparse.Namespace) -> tuple[list[Curve], PublishedTable | None]:
+    """The curves to draw, and the published table if its curves are among them."""
     from ..bench.curves import ResultError, load_published, load_results
 
     if arguments.published and arguments.no_published:
