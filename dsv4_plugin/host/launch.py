@@ -1,0 +1,129 @@
+"""What is checked and set before any worker starts.
+
+`check_checkpoint` and `check_port` need no SGLang, so that `dsv4 serve` refuses in a second. `resolve` is called by the
+host while it resolves its arguments, however the server is started, and does the same checks there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from .. import flags
+from ..checkpoint.files import CheckpointError, CheckpointFiles
+from ..config import ConfigError, Geometry
+from ..parallel import Group, Parallel, ParallelError
+from .refusal import refuse
+
+logger = logging.getLogger(__name__)
+
+
+class LaunchError(ValueError):
+    """Arguments that this package cannot serve with."""
+
+
+_UNSUPPORTED = (
+    ("--pp-size", lambda cfg: cfg.pp_size > 1),
+    ("--attn-dp-size", lambda cfg: cfg.attn_dp_size > 1 or cfg.enable_dp_attention),
+    ("--attn-cp-size", lambda cfg: cfg.attn_cp_size > 1 or cfg.enable_prefill_cp),
+    ("--dcp-size", lambda cfg: cfg.dcp_size > 1),
+    ("--moe-dp-size", lambda cfg: cfg.moe_dp_size > 1),
+    ("--moe-a2a-backend", lambda cfg: cfg.moe_a2a_backend != "none"),
+    ("--enable-eplb", lambda cfg: cfg.enable_eplb),
+    ("--enable-two-batch-overlap", lambda cfg: cfg.enable_two_batch_overlap),
+    ("--enable-lora", lambda cfg: bool(cfg.enable_lora)),
+    ("--enable-hisparse", lambda cfg: cfg.enable_hisparse),
+    ("--enable-hierarchical-cache", lambda cfg: cfg.enable_hierarchical_cache),
+    ("--disaggregation-mode", lambda cfg: cfg.disaggregation_mode != "null"),
+    ("--speculative-algorithm", lambda cfg: cfg.speculative_algorithm is not None),
+    ("--json-model-override-args", lambda cfg: cfg.json_model_override_args not in ("", "{}")),
+)
+"""Arguments of the host whose meaning this package does not implement, and when they are set."""
+
+
+def check_checkpoint(model_path: str, tp_size: int = 1, ep_size: int = 1) -> None:
+    """Config, weight files (headers only) and parallel layout of the model in directory `model_path`.
+
+    Raises ConfigError, CheckpointError or ParallelError. A name on the Hugging Face hub is not looked up: the host
+    downloads it, and the same checks follow when its workers build the model.
+    """
+    if not Path(model_path).exists() and model_path.count("/") == 1 and not model_path.startswith((".", "/")):
+        logger.info("dsv4_plugin: %s is not a directory here, taken as a name on the Hugging Face hub", model_path)
+        return
+    geometry = Geometry.from_dir(model_path)
+    attention, expert = Group(size=tp_size), Group(size=ep_size)
+    Parallel(attention, expert, Group(size=max(tp_size // ep_size, 1)), attention, attention).check(geometry)
+    CheckpointFiles(model_path).check(geometry)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises LaunchError when `port` cannot be bound on `host`."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise LaunchError(f"port {port} on {host} cannot be served on ({os.strerror(error.errno) if error.errno else error}); "
+                          "give a free one with --port") from None
+
+
+def check_arguments(cfg: Any) -> None:
+    """Raises LaunchError for the first of the host's resolved arguments that this package cannot serve with."""
+    for name, is_set in _UNSUPPORTED:
+        if is_set(cfg):
+            raise LaunchError(f"{name} is set; dsv4_plugin does not support it. Leave it out, or set DSV4_PLUGIN=0 to "
+                              "serve with SGLang's own DeepSeek-V4")
+    wanted = flags.read("DSV4_DEVICE")
+    if (cfg.device == "cpu") != (wanted == "cpu"):
+        raise LaunchError(f"the device is {cfg.device} while DSV4_DEVICE={wanted}; serving on a CPU needs both "
+                          "--device cpu and DSV4_DEVICE=cpu, which `dsv4 serve MODEL --cpu` sets")
+
+
+def resolve(server_args: Any, hf_config: Any) -> dict[str, Any]:
+    """Called by the host for a DeepSeek-V4 model: refuses what cannot be served, returns the arguments we decide.
+
+    Runs in the main process after all plugins have loaded and before the workers start.
+    """
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+
+    from .ledger import LedgerError, verify
+
+    cfg = resolving_view(server_args)
+    try:
+        verify("in the main process")
+        check_arguments(cfg)
+        check_checkpoint(cfg.model_path, cfg.tp_size, cfg.ep_size)
+        if "sglang.srt.entrypoints.engine" not in sys.modules:  # an Engine in somebody's process binds no port
+            check_port(cfg.host, cfg.port)
+    except (ConfigError, CheckpointError, ParallelError, LaunchError, LedgerError, flags.FlagError) as error:
+        refuse(error)
+    return {} if cfg.device == "cpu" else _without_graphs(cfg)
+
+
+def _without_graphs(cfg: Any) -> dict[str, Any]:
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    logger.info("dsv4_plugin: graph capture is off; the step plan of this version is built outside graphs only")
+    config = cfg.cuda_graph_config
+    for phase in (Phase.DECODE, Phase.PREFILL):
+        config = with_phase(config, phase, backend=Backend.DISABLED)
+    return {"cuda_graph_config": config}
+
+
+def start_server(arguments: list[str]) -> None:
+    """Runs the host's own server in this process with the arguments of its command line; returns when it ends."""
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    load_plugins()
+    try:
+        run_server(prepare_server_args(arguments))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)

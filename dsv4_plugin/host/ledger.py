@@ -1,0 +1,139 @@
+"""Every place where this package reaches into SGLang, one record each.
+
+SGLang swallows a plugin's exceptions and logs a missing hook target: a plugin that did not load looks exactly like the
+stock server. So each seam says how it is verified, and `verify` is called where the process depends on it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sglang.srt.arg_groups import model_override_base
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt.mem_cache import kv_cache_configurator
+from sglang.srt.models.registry import ModelRegistry
+from sglang.srt.platforms import current_platform
+from sglang.srt.platforms.interface import reject_out_of_tree_path
+
+from .. import flags
+from ..config import ARCHITECTURE
+from .backend import create_backend
+from .launch import resolve
+from .model import DeepseekV4ForCausalLM
+from .platform import CpuPlatform
+from .version import SUPPORTED
+
+logger = logging.getLogger(__name__)
+
+BACKEND = "dsv4"
+_POOL = "the DeepSeek-V4 KV pool"
+
+
+class LedgerError(RuntimeError):
+    """Seams that were taken but do not hold."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One reach into the host."""
+
+    target: str
+    why: str
+    remove: str
+    """What the host must offer for this record to go."""
+    test: str
+    take: Callable[[], None]
+    holds: Callable[[], bool]
+    versions: str = str(SUPPORTED)
+
+
+def _take_model() -> None:
+    ModelRegistry.models[ARCHITECTURE] = DeepseekV4ForCausalLM
+
+
+def _take_backend() -> None:
+    ATTENTION_BACKENDS[BACKEND] = create_backend
+
+
+def _take_arguments() -> None:
+    model_override_base.register_model_override(ARCHITECTURE)(resolve)
+
+
+def _allow_pool_on_cpu(platform, *, subsystem: str) -> None:
+    """The host's `reject_out_of_tree_path`, except that our CPU platform may build the DeepSeek-V4 pool."""
+    if subsystem == _POOL and isinstance(platform, CpuPlatform):
+        return
+    reject_out_of_tree_path(platform, subsystem=subsystem)
+
+
+def _take_pool() -> None:
+    kv_cache_configurator.reject_out_of_tree_path = _allow_pool_on_cpu
+
+
+SEAMS: tuple[Seam, ...] = (
+    Seam(
+        target=f"sglang.srt.models.registry.ModelRegistry.models[{ARCHITECTURE!r}]",
+        why="the host constructs our model for this architecture instead of its own",
+        remove="never: this is the host's registry for it",
+        test="tests/host/test_ledger.py",
+        take=_take_model,
+        holds=lambda: ModelRegistry.models.get(ARCHITECTURE) is DeepseekV4ForCausalLM,
+    ),
+    Seam(
+        target=f"sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS[{BACKEND!r}]",
+        why="the host forces this backend name for the architecture; ours builds the step plan our model reads",
+        remove="the host lets a model name its own backend",
+        test="tests/host/test_ledger.py",
+        take=_take_backend,
+        holds=lambda: ATTENTION_BACKENDS.get(BACKEND) is create_backend,
+    ),
+    Seam(
+        target=f"sglang.srt.arg_groups.model_override_base.register_model_override({ARCHITECTURE!r})",
+        why="checkpoint, arguments and layout are checked in the main process, before any worker starts",
+        remove="never: this is the host's registry for it",
+        test="tests/host/test_wrong_input.py",
+        take=_take_arguments,
+        holds=lambda: resolve in model_override_base._MODEL_OVERRIDE_FNS.get(ARCHITECTURE, ()),
+    ),
+)
+
+CPU_SEAMS: tuple[Seam, ...] = (
+    Seam(
+        target="sglang.srt.mem_cache.kv_cache_configurator.reject_out_of_tree_path",
+        why="the host refuses its DeepSeek-V4 pool on every out-of-tree platform, though it is plain torch",
+        remove="SRTPlatform.get_kv_pool_cls takes kind='dsv4'",
+        test="tests/host/test_server.py",
+        take=_take_pool,
+        holds=lambda: kv_cache_configurator.reject_out_of_tree_path is _allow_pool_on_cpu,
+    ),
+)
+
+
+def seams() -> tuple[Seam, ...]:
+    """The seams this process needs; those of the CPU platform only where it is active."""
+    return SEAMS + (CPU_SEAMS if isinstance(current_platform, CpuPlatform) else ())
+
+
+def take() -> None:
+    """Takes every seam of this process and verifies it."""
+    for seam in seams():
+        seam.take()
+    verify("after loading")
+
+
+def verify(where: str) -> None:
+    """Checks by identity that every seam holds.
+
+    One that does not, for example because another plugin took it later, is logged as an error; with DSV4_STRICT=1
+    it raises LedgerError. `where` says in the message at what point this was found.
+    """
+    unmet = [seam for seam in seams() if not seam.holds()]
+    if not unmet:
+        return
+    message = f"dsv4_plugin: {where}, {len(unmet)} of its seams do not hold: " + "; ".join(
+        f"{seam.target} ({seam.why})" for seam in unmet)
+    if flags.enabled("DSV4_STRICT"):
+        raise LedgerError(message)
+    logger.error(message)

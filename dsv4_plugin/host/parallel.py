@@ -1,0 +1,24 @@
+"""The host's process groups as our parallel layout."""
+
+from __future__ import annotations
+
+from sglang.srt.runtime_context import get_parallel
+from torch import Tensor
+
+from ..parallel import Group, Parallel
+
+
+def _group(coordinator) -> Group:
+    def all_reduce(x: Tensor) -> Tensor:
+        # The host reduces in place where it can; its CPU path takes contiguous tensors only.
+        return coordinator.all_reduce(x.contiguous())
+
+    return Group(coordinator.rank_in_group, coordinator.world_size, all_reduce)
+
+
+def host_parallel() -> Parallel:
+    """This worker's layout: heads over attention TP, experts over MoE EP and TP, shared expert and vocabulary over TP."""
+    groups = get_parallel()
+    return Parallel(attention=_group(groups.attn_tp_group), expert=_group(groups.moe_ep_group),
+                    expert_tensor=_group(groups.moe_tp_group), shared=_group(groups.tp_group),
+                    vocab=_group(groups.tp_group))

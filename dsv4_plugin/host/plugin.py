@@ -1,0 +1,28 @@
+"""Entry point of group `sglang.srt.plugins`: takes the host's seams, in every process that serves."""
+
+from __future__ import annotations
+
+import logging
+
+from .. import flags
+from . import version
+from .refusal import refuse
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Makes this process serve DeepSeek-V4 with this package; with DSV4_PLUGIN=0 it does nothing at all.
+
+    An unknown flag, an unsupported host or a seam that cannot be taken ends the process with one line.
+    """
+    try:
+        if not flags.enabled("DSV4_PLUGIN"):
+            return
+        flags.check()
+        version.check()
+        from . import ledger
+
+        ledger.take()
+    except (flags.FlagError, version.HostVersionError) as error:
+        refuse(error)
