@@ -132,8 +132,8 @@ def _listing(what: str, *kinds: tuple[str, list[str]]) -> str:
 def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
-        if not weight_map:
-            raise ValueError("its weight_map is empty")
+        if not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError("weight_map does not map tensors to files")
         return dict(weight_map)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not an index of safetensors files: {error!r}; fetch it again") from None

@@ -36,8 +36,9 @@ class Loader:
                         if name.split(".")[0] in parts and self._holds_expert(spec)}
         self._outstanding = set(self._wanted)
         self._halves: dict[str, Tensor] = {}
-        for name in self._wanted:
-            self._check_share(self._expected[name])
+        for name, spec in self._expected.items():
+            if name in self._wanted:
+                self._check_share(spec)
 
     def _holds_expert(self, spec: TensorSpec) -> bool:
         return spec.expert is None or self._experts.start <= spec.expert < self._experts.stop
