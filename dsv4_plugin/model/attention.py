@@ -58,8 +58,8 @@ class Indexer(nn.Module):
         if entries <= self.topk:
             return topk_select(qr.new_zeros(qr.shape[0], entries, dtype=torch.float32), visible, self.topk)
         q = self.wq_b(qr).unflatten(-1, (self.heads, self.dim))
-        q = rope_hadamard_quant(q, *step.rotations[4].rows, self.rounding)
         weights = linear_fp32(x, self.weights_proj.weight) * (self.dim**-0.5 * self.heads**-0.5)
+        q, weights = rope_hadamard_quant(q, weights, *step.rotations[4].rows, self.rounding)
         return topk_select(indexer_logits(q, weights, step.caches.index[layer], plan), visible, self.topk)
 
 

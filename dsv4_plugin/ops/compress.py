@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..cache.step_plan import Compression
 from ..cache.stores import SlotStore
 from ..formats import hadamard
 from .operator import operator
 from .rms_norm_quant import rms_norm
 from .rope import apply_rope
-from .step_plan import Compression
 
 
 def _window(projected: Tensor, ring: Tensor, step_row: Tensor, ring_row: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def _window(projected: Tensor, ring: Tensor, step_row: Tensor, ring_row: Tensor)
 
 
 def pool(projected: Tensor, ring: Tensor, rows: Compression, ape: Tensor) -> Tensor:
-    """fp32 entries [N, D]: softmax of the scores over each window, per channel, times the values.
+    """fp32 entries [N, D]: softmax of the scores over each window, per channel, times the values; 0 where all are -inf.
 
     `projected` [T, 2·w·D] and `ring` [rows, 2·w·D] hold [k | score] with w = 2 overlapping halves for ratio 4 and
     w = 1 for ratio 128; `ape` [ratio, w·D] is added to the scores by the token's place in its own window.
@@ -35,10 +35,13 @@ def pool(projected: Tensor, ring: Tensor, rows: Compression, ape: Tensor) -> Ten
         window = _window(projected[:, :, half], ring[:, :, half], rows.step_row[:, items], rows.ring_row[:, items])
         values.append(window[:, :, 0])
         scores.append(window[:, :, 1] + ape.unflatten(-1, (halves, width))[:, half])
-    present = rows.present.unsqueeze(-1)
+    present = ((rows.step_row >= 0) | (rows.ring_row >= 0)).unsqueeze(-1)
     value = torch.cat(values, 1).masked_fill(~present, 0.0)
     score = torch.cat(scores, 1).masked_fill(~present, float("-inf"))
-    return (score.softmax(1) * value).sum(1)
+    amax = score.amax(1, keepdim=True)
+    p = (score - amax.masked_fill(amax == float("-inf"), 0.0)).exp()
+    total = p.sum(1)
+    return (p * value).sum(1) / total.masked_fill(total == 0, 1.0)
 
 
 @operator
@@ -49,10 +52,12 @@ def compress(projected: Tensor, ring: Tensor, rows: Compression, ape: Tensor, no
     `projected` fp32 [T, 2·w·D] is [k | score] of the step's tokens, scores without `ape`; `ring` fp32 is updated in
     place after it was read; `rows` says which tokens complete a window and where its items are; `cos`, `sin` [N, 32]
     at the first position of each window; `dtype` is that of activations (the pooled entry is rounded to it before
-    the norm); `rotate` applies the Hadamard rotation (indexer keys). Entries go to `rows.slots` of `cache`.
+    the norm); `rotate` applies the Hadamard rotation (indexer keys). Entries go to `rows.slots` of `cache`. What a
+    padding row stores in slot 0, which belongs to nobody, is not defined.
     """
     if rows.token.shape[0]:
         entries = pool(projected, ring, rows, ape).to(dtype)
         entries = apply_rope(rms_norm(entries, norm_weight, eps), cos, sin)
         cache.store(rows.slots, hadamard(entries) if rotate else entries)
-    ring[rows.ring_write_row] = projected[rows.ring_write_token]
+    kept = rows.ring_write_row >= 0
+    ring[rows.ring_write_row[kept]] = projected[kept]

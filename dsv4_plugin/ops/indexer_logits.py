@@ -5,20 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..cache.step_plan import StepPlan
 from ..cache.stores import SlotStore
 from .operator import operator
-from .step_plan import StepPlan
 
 _MAX_SCORES = 1 << 25  # bounds the reference's largest temporary to 128 MiB
 
 
 @operator
 def indexer_logits(q: Tensor, weights: Tensor, cache: SlotStore, plan: StepPlan) -> Tensor:
-    """fp32 logits [T, max_seq_len // 4]: sum over heads of weight · relu(q · k), -inf at entries the row does not see.
+    """fp32 logits [T, max_seq_len // 4]: sum over heads of weight · relu(q · k).
 
-    `q` fp32 [T, n, 128], rotated and rounded; `weights` fp32 [T, n], already scaled by 128^-0.5 · n^-0.5; keys come
-    from `cache` at the plan's ratio-4 slots.
+    `q` fp32 or e4m3 [T, n, 128], rotated and rounded; `weights` fp32 [T, n], already scaled by 128^-0.5 · n^-0.5 and,
+    for e4m3, by the scale of each head's query; keys come from `cache` at the plan's ratio-4 slots. Logits of entries
+    that a row does not see are -inf here; an implementation may leave them undefined.
     """
+    q = q.float()
     slots = plan.request_slots(4)
     requests, entries = slots.shape
     logits = q.new_full((q.shape[0], entries), float("-inf"))

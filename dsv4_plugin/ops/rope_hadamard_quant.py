@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..formats import dequantize_fp8, hadamard, quantize_fp8, round_to_fp4
+from ..formats import hadamard, quantize_fp8, round_to_fp4
 from .operator import operator
 from .rope import apply_rope
 
 
 @operator
-def rope_hadamard_quant(q: Tensor, cos: Tensor, sin: Tensor, rounding: str) -> Tensor:
-    """Queries [T, n, 128] as the index scores see them, in fp32.
+def rope_hadamard_quant(q: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, rounding: str) -> tuple[Tensor, Tensor]:
+    """Queries [T, n, 128] and head weights fp32 [T, n] as indexer_logits takes them.
 
-    `q` [T, n, 128]; `cos`, `sin` [T, 32]; `rounding` is "none", "fp4" (blocks of 32, as trained) or "fp8" (one scale
-    a head, as the packed index cache).
+    `q` [T, n, 128]; `weights` fp32 [T, n]; `cos`, `sin` [T, 32]. `rounding` is "none" or "fp4" (blocks of 32, as
+    trained), which give fp32 queries, or "fp8" (one scale a head, as the packed index cache), which gives e4m3
+    queries; their scale, a positive power of two, then is in the weights: w · relu(s·q · k) = (w·s) · relu(q · k).
     """
     rotated = hadamard(apply_rope(q, cos, sin))
-    if rounding == "fp4":
-        return round_to_fp4(rotated)
     if rounding == "fp8":
-        return dequantize_fp8(*quantize_fp8(rotated, rotated.shape[-1]))
-    return rotated
+        values, scale = quantize_fp8(rotated, rotated.shape[-1])
+        return values, weights * scale.squeeze(-1)
+    return (round_to_fp4(rotated) if rounding == "fp4" else rotated), weights

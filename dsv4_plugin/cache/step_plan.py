@@ -1,0 +1,90 @@
+"""What one step reads and writes, as index tensors: built once per step and read by every layer (docs/model.md §4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from .layout import entry_slots
+
+WINDOW = 128
+RING_ROWS = MappingProxyType({4: 8, 128: 128})
+"""Rows of a compressor ring by ratio: per window page for 4, per request for 128."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """Windows of one compress ratio that this step completes, and the ring rows it leaves behind.
+
+    N rows, one a completed window of W = ratio·halves items (ratio 4 overlaps the previous window: halves = 2).
+    Rows past the completed windows pad N to a static number and are skipped: token, position, slot and all items -1.
+    """
+
+    ratio: int
+    halves: int
+    token: Tensor
+    """int64 [N]: the step's row that completes the window."""
+    position: Tensor
+    """int64 [N]: first position of the window, where its entry is rotated."""
+    slots: Tensor
+    """int64 [N]: slot of the entry."""
+    step_row: Tensor
+    """int64 [N, W]: the step's row that holds the item, -1 if none."""
+    ring_row: Tensor
+    """int64 [N, W]: ring row that holds the item, -1 if none. An item that neither holds lies before position 0."""
+    ring_write_row: Tensor
+    """int64 [T]: ring row that keeps the projection of each of the step's rows, all different; -1 if none does."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step of R requests and T rows; the rows of a request are contiguous and its positions ascend by one."""
+
+    position: Tensor
+    """int64 [T]."""
+    request: Tensor
+    """int64 [T]: row of the batch, 0..R-1."""
+    query: Tensor
+    """int64 [T]: place of the row among its request's rows of this step."""
+    max_queries: int
+    """Most rows of one request."""
+    max_seq_len: int
+    """Longest sequence after the step."""
+    window_write: Tensor
+    """int64 [T]: window slot of the row's own latent."""
+    window: Tensor
+    """int64 [T, 128]: window slots the row attends to, -1 where there is none."""
+    page_table: Tensor
+    """int64 [R, ceil(max_seq_len/256)]: page of each 256 tokens; what lies past a sequence's end is undefined."""
+    compression: dict[int, Compression]
+    """By compress ratio."""
+
+    @property
+    def phase(self) -> str:
+        """"decode" when no request has more than one row, else "prefill"."""
+        return "decode" if self.max_queries <= 1 else "prefill"
+
+    def visible(self, ratio: int) -> Tensor:
+        """int64 [T]: number of compressed entries the row sees, (position + 1) // ratio."""
+        return (self.position + 1) // ratio
+
+    def request_slots(self, ratio: int) -> Tensor:
+        """int64 [R, max_seq_len // ratio]: slots of every request's compressed entries."""
+        entries = torch.arange(self.max_seq_len // ratio, device=self.position.device)
+        return entry_slots(self.page_table, entries.expand(self.page_table.shape[0], -1), ratio)
+
+    @cached_property
+    def dense_slots(self) -> Tensor:
+        """int64 [T, max_seq_len // 128]: slots of all ratio-128 entries the row sees, -1 past them."""
+        slots = self.request_slots(128)[self.request]
+        seen = torch.arange(slots.shape[1], device=slots.device) < self.visible(128).unsqueeze(-1)
+        return slots.masked_fill(~seen, -1)
+
+
+def static_windows(tokens: int, requests: int, ratio: int) -> int:
+    """The most windows of `ratio` that `tokens` rows of `requests` requests complete."""
+    return min(tokens, tokens // ratio + requests)
