@@ -1,20 +1,36 @@
-"""The one table of switches, read from DSV4_* environment variables."""
+"""The one table of switches, read from DSV4_* environment variables.
+
+A switch has, in this order, the value of: its own variable; a variable of SGLang's side branch, of SGLang or of the
+InferenceX recipes that means the same (foreign_flags.yaml); DSV4_PROFILE (profiles.yaml); its default. A profile is
+meant to be overridden in single switches; everything else that disagrees is an error.
+"""
 
 from __future__ import annotations
 
 import difflib
+import functools
+import json
+import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from .config import Precision
 
+logger = logging.getLogger(__name__)
+
 PREFIX = "DSV4_"
+LAYERS = "DSV4_LAYERS_"
+ADOPTED = "DSV4_ADOPTED"
 
 
 class FlagError(ValueError):
-    """A DSV4_* variable that does not exist, or a value it does not take."""
+    """A DSV4_* variable that does not exist, a value it does not take, or switches that contradict one another."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +44,8 @@ class Flag:
     values: tuple[str, ...] | re.Pattern[str]
     default: str
     meaning: str
+    form: str = ""
+    """The values in words, where they are a regular expression."""
 
     def takes(self, value: str) -> bool:
         if isinstance(self.values, re.Pattern):
@@ -37,7 +55,25 @@ class Flag:
     @property
     def choices(self) -> str:
         """The values, in words."""
-        return self.values.pattern if isinstance(self.values, re.Pattern) else " or ".join(self.values)
+        return self.form if isinstance(self.values, re.Pattern) else " or ".join(self.values)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The value that a switch has, and what gave it: "default", or the variable and its value."""
+
+    value: str
+    source: str = "default"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a foreign variable asks of one operator; a weak one holds only while nothing else is asked of it."""
+
+    source: str
+    operator: str
+    implementation: str
+    weak: bool
 
 
 OPERATORS: dict[str, str] = {
@@ -61,26 +97,44 @@ OPERATORS: dict[str, str] = {
 }
 """Operators that can be switched, and what each does."""
 
-IMPLEMENTATIONS = ("auto", "reference", "triton", "tilelang", "flydsl", "aiter", "host")
+AUTO, REFERENCE = "auto", "reference"
+IMPLEMENTATIONS = (AUTO, REFERENCE, "triton", "tilelang", "flydsl", "aiter", "host")
 _LAYER_LIST = re.compile(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?")
 
 
 def operator_flag(operator: str) -> str:
     """The flag that chooses the implementation of `operator`."""
-    return f"DSV4_{operator.upper()}"
+    return f"{PREFIX}{operator.upper()}"
 
 
 def layers_flag(operator: str) -> str:
     """The flag that restricts the chosen implementation of `operator` to some layers."""
-    return f"DSV4_LAYERS_{operator.upper()}"
+    return f"{LAYERS}{operator.upper()}"
+
+
+def _data(name: str) -> Any:
+    return yaml.safe_load((Path(__file__).parent / name).read_text(encoding="utf-8"))
+
+
+@functools.cache
+def profiles() -> dict[str, dict[str, Any]]:
+    """Profiles by name: `meaning`, and the implementation of each operator in `operators`."""
+    return _data("profiles.yaml")
+
+
+@functools.cache
+def foreign_flags() -> dict[str, dict[str, Any]]:
+    """What each foreign variable means here, by its name (foreign_flags.yaml)."""
+    return _data("foreign_flags.yaml")
 
 
 def _operator_rows() -> tuple[Flag, ...]:
     return tuple(row for name, what in OPERATORS.items() for row in (
-        Flag(operator_flag(name), IMPLEMENTATIONS, "auto",
+        Flag(operator_flag(name), IMPLEMENTATIONS, AUTO,
              f"Implementation of {name}: {what}. auto takes the first that can run; one that is named must run."),
         Flag(layers_flag(name), _LAYER_LIST, "",
-             f"Layers, as 0-3,7, that take the implementation of {name}; all others take the reference."),
+             f"Layers that take the implementation of {name}; all others take the reference.",
+             "a list of layers as 0-3,7, empty for all"),
     ))
 
 
@@ -94,19 +148,38 @@ FLAGS: tuple[Flag, ...] = (
     Flag("DSV4_PRECISION", tuple(p.value for p in Precision), Precision.SERVING.value,
          "exact: fp32 weights, caches and arithmetic, for checking; official: exact plus the roundings of the "
          "model's own cache; serving: bf16 and the packed cache, for production."),
+    Flag("DSV4_PROBE", ("0", "1"), "0",
+         "1: before the server is ready, a fixed prompt runs through the loaded model and every operator of the "
+         "sampled layers is compared with its reference; a mismatch stops the server."),
+    Flag("DSV4_REPORT", re.compile(r".*"), "",
+         "File for the report of what ran (JSON).", "a path; empty: dsv4/active-PORT.json in SGLang's cache directory"),
+    Flag("DSV4_PROFILE", tuple(profiles()), AUTO,
+         "Implementations of all operators at once. safe: torch references; a date: what the side branch ran at that "
+         "milestone of the published MI355X curves."),
     *_operator_rows(),
+    Flag(ADOPTED, re.compile(r".*"), "",
+         "Set by the plugin for its worker processes: the foreign variables that the user had set, before SGLang "
+         "changed some of them.", "a JSON object"),
 )
 
 _BY_NAME = {flag.name: flag for flag in FLAGS}
+_OPERATOR_OF = {operator_flag(name): name for name in OPERATORS}
+
+
+def setting(name: str, environ: Mapping[str, str] = os.environ) -> Setting:
+    """The value of flag `name` and its source. Raises FlagError for a value that it does not take or a contradiction."""
+    flag = _BY_NAME[name]
+    own = environ.get(name)
+    if own is not None and not flag.takes(own):
+        raise FlagError(f"{name}={own!r} is not a value of this flag; it takes {flag.choices}")
+    if name in _OPERATOR_OF:
+        return _operator_setting(_OPERATOR_OF[name], own, environ)
+    return Setting(flag.default) if own is None else Setting(own, f"{name}={own}")
 
 
 def read(name: str, environ: Mapping[str, str] = os.environ) -> str:
-    """The value of flag `name`, its default when unset. Raises FlagError for a value the flag does not take."""
-    flag = _BY_NAME[name]
-    value = environ.get(name, flag.default)
-    if not flag.takes(value):
-        raise FlagError(f"{name}={value!r} is not a value of this flag; it takes {flag.choices}")
-    return value
+    """The value of flag `name`. Raises FlagError for a value that it does not take or a contradiction."""
+    return setting(name, environ).value
 
 
 def enabled(name: str, environ: Mapping[str, str] = os.environ) -> bool:
@@ -119,9 +192,9 @@ def precision(environ: Mapping[str, str] = os.environ) -> Precision:
     return Precision(read("DSV4_PRECISION", environ))
 
 
-def implementation(operator: str, environ: Mapping[str, str] = os.environ) -> str:
-    """The implementation asked for `operator`, "auto" for none. Raises FlagError for an unknown one."""
-    return read(operator_flag(operator), environ)
+def implementation(operator: str, environ: Mapping[str, str] = os.environ) -> Setting:
+    """The implementation asked for `operator`, "auto" for none. Raises FlagError for an unknown or disputed one."""
+    return setting(operator_flag(operator), environ)
 
 
 def layers(operator: str, environ: Mapping[str, str] = os.environ) -> frozenset[int] | None:
@@ -129,16 +202,114 @@ def layers(operator: str, environ: Mapping[str, str] = os.environ) -> frozenset[
     text = read(layers_flag(operator), environ)
     if not text:
         return None
-    bounds = ([int(n) for n in part.split("-")] for part in text.split(","))
+    bounds = [[int(n) for n in part.split("-")] for part in text.split(",")]
+    for bound in bounds:
+        if bound[0] > bound[-1]:
+            raise FlagError(f"{layers_flag(operator)}={text!r}: {bound[0]}-{bound[-1]} runs backwards")
     return frozenset(layer for bound in bounds for layer in range(bound[0], bound[-1] + 1))
 
 
-def check(environ: Mapping[str, str] = os.environ) -> None:
-    """Raises FlagError for the first DSV4_* variable that is no flag, naming the nearest one, or has a wrong value."""
-    for name in sorted(environ):
-        if not name.startswith(PREFIX):
+def _operator_setting(operator: str, own: str | None, environ: Mapping[str, str]) -> Setting:
+    flag = operator_flag(operator)
+    wishes = [wish for wish in foreign_wishes(environ) if wish.operator == operator]
+    firm = [wish for wish in wishes if not wish.weak]
+    asked = [Setting(own, f"{flag}={own}")] if own is not None else []
+    asked += [Setting(wish.implementation, wish.source) for wish in firm or (wishes if own is None else [])]
+    for other in asked[1:]:
+        if other.value != asked[0].value:
+            raise FlagError(f"{asked[0].source} and {other.source} contradict each other: they mean "
+                            f"{flag}={asked[0].value} and {flag}={other.value}; unset one of them")
+    if asked:
+        return asked[0]
+    profile = read("DSV4_PROFILE", environ)
+    chosen = profiles()[profile]["operators"].get(operator)
+    return Setting(AUTO) if chosen is None else Setting(chosen, f"DSV4_PROFILE={profile}")
+
+
+def foreign(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Foreign variables of the table that the user has set, by name.
+
+    SGLang itself sets some of them while it resolves its arguments; worker processes read what `adopt` kept.
+    """
+    try:
+        origin = json.loads(environ[ADOPTED]) if environ.get(ADOPTED) else environ
+    except json.JSONDecodeError:
+        raise FlagError(f"{ADOPTED}={environ[ADOPTED]!r} is not what the plugin sets for its workers; unset it") from None
+    return {name: origin[name] for name in foreign_flags() if name in origin}
+
+
+_SWITCH = {**dict.fromkeys(("1", "true", "yes", "y"), "enabled"), **dict.fromkeys(("0", "false", "no", "n"), "disabled")}
+
+
+def foreign_wishes(environ: Mapping[str, str] = os.environ) -> Iterator[Wish]:
+    """What the foreign variables ask for. Raises FlagError for a value that cannot be understood or served."""
+    for name, value in foreign(environ).items():
+        row = foreign_flags()[name]
+        if reason := row.get("refuse", {}).get(value.lower()):
+            raise FlagError(f"{name}={value}: {reason}")
+        if "values" in row:
+            meanings = row["values"]
+            side = value.lower() if value.lower() in meanings else "other"
+        elif "enabled" in row:
+            meanings = {"enabled": row["enabled"], "disabled": row.get("disabled", {})}
+            side = _SWITCH.get(value.lower(), "other")
+        else:
             continue
-        if name not in _BY_NAME:
+        if side not in meanings:
+            known = " or ".join(row["values"]) if "values" in row else "0 or 1"
+            raise FlagError(f"{name}={value!r} is not understood; it takes {known}")
+        if isinstance(meanings[side], dict):
+            for operator, wanted in meanings[side].items():
+                yield Wish(f"{name}={value}", operator, wanted, weak=side == "disabled")
+
+
+def mirrors(name: str) -> list[str]:
+    """Foreign variables that may set flag `name`."""
+    operator = _OPERATOR_OF.get(name)
+    meanings = {foreign: [*row.get("values", {}).values(), row.get("enabled", {}), row.get("disabled", {})]
+                for foreign, row in foreign_flags().items()}
+    return [foreign for foreign, sides in meanings.items()
+            if operator and any(operator in side for side in sides if isinstance(side, dict))]
+
+
+def check(environ: Mapping[str, str] = os.environ) -> None:
+    """Raises FlagError for the first thing that is wrong with the switches.
+
+    That is a DSV4_* variable that is no flag (the nearest one is named), a wrong value, or a contradiction.
+    """
+    for name in sorted(environ):
+        if name.startswith(PREFIX) and name not in _BY_NAME:
             near = difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.0)
             raise FlagError(f"{name}={environ[name]!r} is set, but there is no such flag; did you mean {near[0]}?")
-        read(name, environ)
+    for flag in FLAGS:
+        setting(flag.name, environ)
+    for operator in OPERATORS:
+        chosen = implementation(operator, environ)
+        if layers(operator, environ) is not None and chosen.value == REFERENCE:
+            raise FlagError(f"{layers_flag(operator)}={environ[layers_flag(operator)]} chooses layers, but "
+                            f"{chosen.source} gives all of them the reference; unset one of them")
+
+
+def notes(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """One line for each foreign variable that is set: what it was taken for, or why it has no effect."""
+    wishes = list(foreign_wishes(environ))
+    lines = []
+    for name, value in foreign(environ).items():
+        row = foreign_flags()[name]
+        meanings = row.get("values", {})
+        text = meanings.get(value.lower(), meanings.get("other"))
+        taken = [f"{operator_flag(wish.operator)}={setting(operator_flag(wish.operator), environ).value}"
+                 for wish in wishes if wish.source == f"{name}={value}"
+                 and setting(operator_flag(wish.operator), environ).source == wish.source]
+        why = row.get("note") or (text if isinstance(text, str) else "it asks for nothing that is not decided already")
+        lines.append(f"{name}={value} is taken as {', '.join(taken)}" if taken else f"{name}={value} has no effect: {why}")
+    return lines
+
+
+def adopt(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Logs what the foreign variables mean and keeps them for the processes to come; done once, by the first process."""
+    if ADOPTED in environ:
+        return
+    for line in notes(environ):
+        logger.warning("dsv4_plugin: %s", line)
+    environ[ADOPTED] = json.dumps(foreign(environ))
