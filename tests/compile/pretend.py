@@ -1,0 +1,77 @@
+"""A GPU that is not there: kernels launched under it are compiled for its architecture, recorded, and not run.
+
+The wrappers of the package are called as in production, with tensors on torch's meta device, so that tile sizes,
+warps and split counts are their own choice for that shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from chips import Chip
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from dsv4_plugin import device
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A compiled kernel, its compile-time constants and its grid."""
+
+    kernel: str
+    constants: dict[str, Any]
+    grid: tuple[int, ...]
+    compiled: Any
+
+
+class _Driver:
+    """What Triton asks of a driver before it compiles. Every chip has a device number of its own, the key of
+    Triton's in-memory cache."""
+
+    def __init__(self, chip: Chip):
+        self._chip = chip
+        self.utils = SimpleNamespace(unload_module=lambda module: None)
+
+    def get_current_target(self):
+        return self._chip.target
+
+    def get_current_device(self) -> str:
+        return self._chip.arch
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+@contextmanager
+def pretend(chip: Chip) -> Iterator[list[Launch]]:
+    """Within it this process believes in `chip`; yields the list that its launches are appended to."""
+    launches: list[Launch] = []
+    launch, arch = JITFunction.run, device.arch
+    try:
+        before = driver.active
+    except RuntimeError:  # no GPU, or several kinds: Triton has no default
+        before = None
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        given = dict(zip(self.arg_names, args)) | kwargs
+        constants = {p.name: given.get(p.name, p.default) for p in self.params if p.is_constexpr}
+        launches.append(Launch(self.__name__, constants, grid(constants) if callable(grid) else tuple(grid), compiled))
+        return compiled
+
+    driver.set_active(_Driver(chip))
+    JITFunction.run, device.arch = compile_only, lambda: chip.arch
+    try:
+        yield launches
+    finally:
+        JITFunction.run, device.arch = launch, arch
+        driver.set_active(before)
