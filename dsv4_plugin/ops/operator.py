@@ -1,32 +1,41 @@
 """What an operator is: one signature, a torch reference that defines it, and implementations of the same signature.
 
 Which implementation runs is decided once per static key (phase, layer kind, shape class) and then looked up; every
-choice remembers why the others were not taken and how often it ran.
+choice remembers why the others were not taken and how often it ran. A second dictionary finds the choice by what a call
+shows at no cost, exact shapes included, so that an eager call pays well under a microsecond.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from .. import device, flags
+from .. import device, flags, report
+from ..flags import AUTO, REFERENCE
 
 logger = logging.getLogger(__name__)
 
-REFERENCE = "reference"
 Requirement = Callable[..., "str | None"]
-"""Takes the operator's arguments, returns why an implementation cannot run them, or None."""
+"""Takes the operator's arguments, returns why an implementation cannot run them, or None.
+
+It may look at what a static key holds, and at nothing else: the first tensor's dtype, device and shape (its rows only to
+the power of two), the types of the other arguments (None or not, dense or packed cache) and the values of strings.
+"""
+_REMEMBERED = 4096
+"""Calls of different shapes whose choice an operator finds at once; past that it starts over."""
 
 
 class SelectionError(ValueError):
     """A forced implementation that cannot run."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Place:
     """Where in the model the process is: set by the model, read by selection and the report."""
 
@@ -36,6 +45,29 @@ class _Place:
 
 
 HERE = _Place()
+
+_LAYER_KINDS = {-1: "model", 0: "window", 4: "c4", 128: "c128"}
+
+
+class Key(NamedTuple):
+    """What a choice depends on."""
+
+    phase: str
+    layer_kind: str
+    """By compress ratio; "model" outside layers."""
+    inside: bool
+    """Whether the layer is among those that DSV4_LAYERS_<OPERATOR> names."""
+    rows: str
+    """Rows of the first tensor, as the range of its power of two."""
+    tensor: str
+    """Dtype, device and trailing shape of the first tensor."""
+    others: tuple
+    """Types of the other arguments, values of strings."""
+
+
+def _rows(count: int) -> str:
+    low = 1 << count.bit_length() >> 1
+    return str(low) if low < 2 else f"{low}-{2 * low - 1}"
 
 
 @dataclass(frozen=True)
@@ -85,8 +117,12 @@ class Operator:
         self.name = reference.__name__
         self.reference = reference
         self.implementations: dict[str, Implementation] = {}
-        self.choices: dict[tuple, Choice] = {}
+        self.choices: dict[Key, Choice] = {}
+        self._found: dict[tuple, Choice] = {}
         self._layers: frozenset[int] | None = None
+        self._forced = flags.Setting(AUTO)
+        parameters = inspect.signature(reference).parameters.values()
+        self._words = tuple(at for at, parameter in enumerate(parameters) if parameter.annotation in (str, "str"))
         functools.update_wrapper(self, reference)
         OPERATORS[self.name] = self
 
@@ -95,57 +131,89 @@ class Operator:
         self.implementations[implementation.name] = implementation
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x = args[0]
+        x = args[0] if args else next(iter(kwargs.values()))
         inside = self._layers is None or HERE.layer in self._layers
-        key = (HERE.phase, HERE.ratio, inside, x.dtype, x.device.type, x.shape[0].bit_length(), x.shape[1:])
-        choice = self.choices.get(key)
+        key = (HERE.phase, HERE.ratio, inside, x.dtype, x.is_cuda, x.shape, *map(type, args))
+        if kwargs or self._words:
+            key += (*kwargs, *map(type, kwargs.values()), *[args[at] for at in self._words if at < len(args)])
+        choice = self._found.get(key)
         if choice is None:
-            choice = self.choices[key] = self._choose(inside, args, kwargs)
+            choice = self._find(key, x, inside, args, kwargs)
         choice.calls += 1
         return choice.run(*args, **kwargs)
 
     def configure(self) -> None:
         """Reads the operator's flags anew and forgets earlier choices.
 
-        Raises SelectionError when the forced implementation cannot run on this machine.
+        Raises SelectionError when the implementation asked for cannot run on this machine.
         """
-        self.choices.clear()
-        self._layers = flags.layers(self.name)
-        forced = flags.implementation(self.name)
-        if forced in ("auto", REFERENCE):
+        self._layers, self._forced = flags.layers(self.name), flags.implementation(self.name)
+        self.forget()
+        wanted = self._forced.value
+        if wanted in (AUTO, REFERENCE):
             return
-        if forced not in self.implementations:
+        if wanted not in self.implementations:
             known = ", ".join((REFERENCE, *self.implementations))
-            raise SelectionError(f"{flags.operator_flag(self.name)}={forced}: {self.name} has no such implementation; "
-                                 f"it has {known}")
-        reason = self.implementations[forced].unavailable()
-        if reason:
-            raise SelectionError(f"{flags.operator_flag(self.name)}={forced} cannot run here: {reason}")
+            raise SelectionError(f"{self._asked()}: {self.name} has no such implementation; it has {known}")
+        if reason := self.implementations[wanted].unavailable():
+            raise SelectionError(f"{self._asked()} cannot run here: {reason}")
 
-    def _choose(self, inside: bool, args: tuple, kwargs: dict) -> Choice:
-        forced = flags.implementation(self.name) if inside else REFERENCE
+    def forget(self) -> None:
+        """Drops all choices and what was counted."""
+        self.choices.clear()
+        self._found.clear()
+
+    def _asked(self) -> str:
+        """The flag that chose the implementation, with what set it where that is another variable."""
+        asked = f"{flags.operator_flag(self.name)}={self._forced.value}"
+        return asked if self._forced.source == asked else f"{asked} (from {self._forced.source})"
+
+    def _find(self, found: tuple, x: Any, inside: bool, args: tuple, kwargs: dict) -> Choice:
+        """The choice for a call not seen before, which `found` will find from now on."""
+        others = (*map(_kind, args[1:] if args else ()), *((name, _kind(value)) for name, value in kwargs.items()))
+        tensor = " x".join((str(x.dtype).removeprefix("torch."), *map(str, x.shape[1:])))
+        key = Key(HERE.phase, _LAYER_KINDS.get(HERE.ratio, str(HERE.ratio)), inside, _rows(x.shape[0]),
+                  f"{tensor} on {'gpu' if x.is_cuda else x.device.type}", others)
+        choice = self.choices.get(key)
+        if choice is None:
+            choice = self.choices[key] = self._choose(inside, x, args, kwargs)
+        if _OBSERVERS:
+            return Choice(choice.implementation, functools.partial(_OBSERVERS[-1], self, choice))
+        if len(self._found) >= _REMEMBERED:
+            self._found.clear()
+        self._found[found] = choice
+        return choice
+
+    def _choose(self, inside: bool, x: Any, args: tuple, kwargs: dict) -> Choice:
+        wanted = self._forced.value if inside else REFERENCE
         rejected: dict[str, str] = {}
         fallback = False
         for name, implementation in self.implementations.items():
-            if forced not in ("auto", name):
-                rejected[name] = f"{flags.operator_flag(self.name)}={forced}" if inside else "layer is excluded"
+            if wanted not in (AUTO, name):
+                rejected[name] = self._asked() if inside else f"{flags.layers_flag(self.name)} leaves this layer out"
                 continue
             reason = implementation.unavailable()
-            if reason is None and forced == "auto" and device.arch() == device.CPU:
-                reason = "interpreted kernels run only when forced"
+            if reason is None and wanted == AUTO and device.arch() == device.CPU:
+                reason = "interpreted kernels run only when named"
+            elif reason is None and not x.is_cuda and device.arch() != device.CPU:
+                reason = "the tensors are not on the GPU"
             elif reason is None and implementation.requires and (reason := implementation.requires(*args, **kwargs)):
                 fallback = True
             if reason is None:
                 return Choice(name, implementation.load(), rejected)
-            if forced == name:
-                raise SelectionError(f"{flags.operator_flag(self.name)}={name} cannot run this call: {reason}")
+            if wanted == name:
+                raise SelectionError(f"{self._asked()} cannot run this call of {self.name}: {reason}")
             rejected[name] = reason
         if fallback:
-            logger.warning("%s runs its reference in %s: %s", self.name, HERE.phase, rejected)
+            logger.warning("dsv4_plugin: %s runs its reference in %s: %s", self.name, HERE.phase, rejected)
         return Choice(REFERENCE, self.reference, rejected, fallback)
 
     def __repr__(self) -> str:
         return f"<operator {self.name}>"
+
+
+def _kind(value: Any) -> Any:
+    return value if isinstance(value, str) else type(value).__name__
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -162,8 +230,36 @@ def configure() -> None:
         each.configure()
 
 
-def choices() -> Iterator[tuple[Operator, tuple, Choice]]:
-    """Every choice made so far."""
+def forget() -> None:
+    """Drops the choices and the counts of every operator, not what its flags ask for."""
+    for each in OPERATORS.values():
+        each.forget()
+
+
+Observer = Callable[..., Any]
+"""Called as observer(operator, choice, *args, **kwargs) in place of the choice; returns the operator's result."""
+_OBSERVERS: list[Observer] = []
+
+
+@contextlib.contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """While it lasts, `observer` runs every operator call, to check or record it; calls are not counted."""
+    for each in OPERATORS.values():
+        each._found.clear()
+    _OBSERVERS.append(observer)
+    try:
+        yield
+    finally:
+        _OBSERVERS.pop()
+
+
+def report_rows() -> list[report.Row]:
+    """What was chosen and what ran so far; keys that differ in nothing a reader sees are one row."""
+    rows: dict[tuple, report.Row] = {}
     for each in OPERATORS.values():
         for key, choice in each.choices.items():
-            yield each, key, choice
+            row = report.Row(each.name, key.phase, key.layer_kind, key.rows, key.tensor, choice.implementation, 0,
+                             choice.rejected, choice.fallback)
+            shown = (*row.place, row.implementation, tuple(row.rejected.items()))
+            rows.setdefault(shown, row).calls += choice.calls
+    return list(rows.values())
