@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ..cache.stores import SlotStore
-from .operator import operator
+from ..cache.stores import PackedLatentCache, SlotStore
+from .operator import Implementation, operator
 from .rms_norm_quant import rms_norm
 from .rope import apply_rope
 
@@ -21,3 +22,14 @@ def qk_norm_rope_store(q: Tensor, kv: Tensor, kv_weight: Tensor, eps: float, cos
     latent = apply_rope(rms_norm(kv, kv_weight, eps), cos, sin)
     cache.store(slots, latent)
     return apply_rope(rms_norm(q, None, eps), cos, sin)
+
+
+def _needs_packed_bf16(q: Tensor, kv: Tensor, kv_weight: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor,
+                       cache: SlotStore) -> str | None:
+    if not isinstance(cache, PackedLatentCache):
+        return f"the window cache is a {type(cache).__name__}, not packed"
+    return None if q.dtype == kv.dtype == torch.bfloat16 else f"q is {q.dtype} and kv {kv.dtype}, not bfloat16"
+
+
+qk_norm_rope_store.add(Implementation("triton", "dsv4_plugin.kernels.triton.qk_norm_rope_store:qk_norm_rope_store",
+                                      packages=("triton",), requires=_needs_packed_bf16))

@@ -13,6 +13,7 @@ from ..cache.layout import PAGE_TOKENS, request_ring_row, window_ring_row
 from ..cache.step_plan import RING_ROWS, WINDOW, Compression, StepPlan, static_windows
 from .operator import operator
 
+
 @operator
 def build_step_plan(position: Tensor, request: Tensor, out_slot: Tensor, prefix_lens: Tensor, seq_lens: Tensor,
                     slot_table: Tensor, slot_row: Tensor, full_to_window: Tensor, max_queries: int, max_seq_len: int,
