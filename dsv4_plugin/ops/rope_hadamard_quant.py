@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..formats import hadamard, quantize_fp8, round_to_fp4
-from .operator import operator
+from .operator import Implementation, operator
 from .rope import apply_rope
 
 
@@ -22,3 +23,13 @@ def rope_hadamard_quant(q: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, ro
         values, scale = quantize_fp8(rotated, rotated.shape[-1])
         return values, weights * scale.squeeze(-1)
     return (round_to_fp4(rotated) if rounding == "fp4" else rotated), weights
+
+
+def _needs_fp8_rounding(q: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, rounding: str) -> str | None:
+    if rounding != "fp8":
+        return f"rounding is {rounding}, not fp8"
+    return None if q.dtype == torch.bfloat16 else f"q is {q.dtype}, not bfloat16"
+
+
+rope_hadamard_quant.add(Implementation("triton", "dsv4_plugin.kernels.triton.rope_hadamard_quant:rope_hadamard_quant",
+                                       packages=("triton",), requires=_needs_fp8_rounding))
