@@ -15,6 +15,16 @@ class ReportError(ValueError):
     """A file that is no report of what ran."""
 
 
+def reports_directory() -> Path:
+    """Directory of the reports of all servers of this user: beside SGLang's caches."""
+    return Path(os.environ.get("SGLANG_CACHE_DIR") or "~/.cache/sglang").expanduser() / "dsv4"
+
+
+def default_path(port: int) -> Path:
+    """Where the server on `port` writes its report when DSV4_REPORT does not say."""
+    return reports_directory() / f"active-{port}.json"
+
+
 @dataclass
 class Row:
     """One choice and the calls it served."""

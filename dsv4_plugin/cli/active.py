@@ -1,0 +1,93 @@
+"""Show which implementation of every operator a server really runs, how often, and why the others do not.
+
+Without arguments: the server of this user that last wrote its report (see DSV4_REPORT). With --url the series of a server
+that was started with --enable-metrics are read, from any machine; they hold no reasons for what was never a choice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--url", help="base URL of a server, such as http://127.0.0.1:30000")
+    source.add_argument("--file", type=Path, help="report file of a server")
+    source.add_argument("--port", type=int, help="port of a server of this user on this machine")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..report import text
+
+    report = _from_url(arguments.url) if arguments.url else _from_file(arguments)
+    print(json.dumps(asdict(report), indent=1) if arguments.json else text(report))
+    return 0
+
+
+def _from_file(arguments: argparse.Namespace):
+    from ..report import Report, ReportError, default_path, reports_directory
+
+    if arguments.file:
+        return Report.read(arguments.file)
+    if arguments.port:
+        path = default_path(arguments.port)
+        if not path.exists():
+            raise ReportError(f"there is no {path}; no server of this user on port {arguments.port} has run a prefill and a "
+                              "decode yet, or DSV4_REPORT names another file: give it with --file")
+        return Report.read(path)
+    written = sorted(reports_directory().glob("active-*.json"), key=lambda path: path.stat().st_mtime)
+    if not written:
+        raise ReportError(f"there is no report in {reports_directory()}; a server writes it after its first request. "
+                          "Give --file when DSV4_REPORT was set, or --url")
+    return Report.read(written[-1])
+
+
+def _from_url(url: str):
+    import urllib.error
+    import urllib.request
+
+    from ..report import ReportError
+
+    address = url.rstrip("/") + "/metrics/"
+    try:
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            body = answer.read().decode("utf-8")
+    except urllib.error.HTTPError as error:
+        raise ReportError(f"{address} answers {error.code}; start the server with --enable-metrics") from None
+    except (urllib.error.URLError, ValueError) as error:
+        raise ReportError(f"{address} cannot be read: {getattr(error, 'reason', error)}") from None
+    return _parse(body, address)
+
+
+def _parse(body: str, address: str):
+    """The report that a server's series hold."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    from ..report import Report, ReportError, Row
+
+    rows, calls, fallbacks, compiles = {}, {}, {}, 0
+    for family in text_string_to_metric_families(body):
+        for sample in family.samples:
+            labels = sample.labels
+            if sample.name == "dsv4_path_info":
+                key = labels["operator"], labels["phase"], labels["layers"], labels["implementation"]
+                rows.setdefault(key, []).append(labels["rows"])
+            elif sample.name == "dsv4_calls_total":
+                calls[labels["operator"], labels["phase"], labels["layers"], labels["implementation"]] = int(sample.value)
+            elif sample.name == "dsv4_fallback_total":
+                fallbacks.setdefault(labels["operator"], []).append(f"{labels['reason']} ({int(sample.value)} calls)")
+            elif sample.name == "dsv4_compile_after_ready_total":
+                compiles = int(sample.value)
+    if not rows:
+        raise ReportError(f"{address} has no series of dsv4_plugin; it is a server without the plugin, or it has not run "
+                          "a prefill and a decode yet")
+    facts = {"server": address, "compiled after ready": compiles,
+             **{f"fell back: {operator}": "; ".join(reasons) for operator, reasons in fallbacks.items()}}
+    return Report(facts, [
+        Row(operator, phase, layers, ",".join(sorted(classes, key=lambda each: int(each.partition("-")[0]))), "",
+            implementation, calls.get((operator, phase, layers, implementation), 0), {}, False)
+        for (operator, phase, layers, implementation), classes in rows.items()])
