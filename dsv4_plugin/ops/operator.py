@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+
 from .. import device, flags, report
 from ..flags import AUTO, REFERENCE
 
@@ -25,8 +27,10 @@ Requirement = Callable[..., "str | None"]
 """Takes the operator's arguments, returns why an implementation cannot run them, or None.
 
 It may look at what a static key holds, and at nothing else: the first tensor's dtype, device and shape (its rows only to
-the power of two), the types of the other arguments (None or not, dense or packed cache) and the values of strings.
+the power of two), the types of the other arguments (None or not, dense or packed cache), and the values of those that
+are declared as str, bool or torch.dtype.
 """
+_BY_VALUE = ("str", "bool", "torch.dtype")
 _REMEMBERED = 4096
 """Calls of different shapes whose choice an operator finds at once; past that it starts over."""
 
@@ -62,7 +66,7 @@ class Key(NamedTuple):
     tensor: str
     """Dtype, device and trailing shape of the first tensor."""
     others: tuple
-    """Types of the other arguments, values of strings."""
+    """Types of the other arguments, values of strings, booleans and dtypes."""
 
 
 def _rows(count: int) -> str:
@@ -122,7 +126,7 @@ class Operator:
         self._layers: frozenset[int] | None = None
         self._forced = flags.Setting(AUTO)
         parameters = inspect.signature(reference).parameters.values()
-        self._words = tuple(at for at, parameter in enumerate(parameters) if parameter.annotation in (str, "str"))
+        self._by_value = tuple(at for at, parameter in enumerate(parameters) if parameter.annotation in _BY_VALUE)
         functools.update_wrapper(self, reference)
         OPERATORS[self.name] = self
 
@@ -134,8 +138,8 @@ class Operator:
         x = args[0] if args else next(iter(kwargs.values()))
         inside = self._layers is None or HERE.layer in self._layers
         key = (HERE.phase, HERE.ratio, inside, x.dtype, x.is_cuda, x.shape, *map(type, args))
-        if kwargs or self._words:
-            key += (*kwargs, *map(type, kwargs.values()), *[args[at] for at in self._words if at < len(args)])
+        if kwargs or self._by_value:
+            key += (*kwargs, *map(_kind, kwargs.values()), *[args[at] for at in self._by_value if at < len(args)])
         choice = self._found.get(key)
         if choice is None:
             choice = self._find(key, x, inside, args, kwargs)
@@ -213,7 +217,7 @@ class Operator:
 
 
 def _kind(value: Any) -> Any:
-    return value if isinstance(value, str) else type(value).__name__
+    return value if isinstance(value, (str, bool, torch.dtype)) else type(value).__name__
 
 
 OPERATORS: dict[str, Operator] = {}

@@ -93,8 +93,8 @@ def test_none_tensors_and_words_of_a_call_have_choices_of_their_own(moe, on_gpu)
     assert moe(x, torch.ones(1)).sum() == 8
     assert moe(x, None).sum() == 4, "without weights the same shape must not find the choice made with weights"
     assert moe(x=x, w=torch.ones(1)).sum() == 8
-    moe(x, torch.ones(1), "fp4"), moe(x, torch.ones(1), "fp8")
-    assert len(moe.choices) == 5
+    moe(x, torch.ones(1), "fp4"), moe(x, torch.ones(1), rounding="fp8"), moe(x, torch.ones(1), rounding="fp4")
+    assert len(moe.choices) == 6
 
 
 def test_tensors_on_the_cpu_of_a_gpu_machine_take_the_reference(moe, on_gpu):

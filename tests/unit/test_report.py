@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -91,7 +92,8 @@ series.set(ROWS, 3)
 def metrics_url(tmp_path):
     """A server of the host's /metrics route, over series that another process wrote, as a scheduler does."""
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", _WRITE_SERIES], env=environment, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", _WRITE_SERIES], env=environment, cwd=Path(__file__).parents[2],
+                   check=True, timeout=300)
     from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 
     registry = CollectorRegistry()
