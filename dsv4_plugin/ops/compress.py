@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..cache.step_plan import Compression
-from ..cache.stores import SlotStore
+from ..cache.stores import PackedIndexCache, PackedLatentCache, SlotStore
 from ..formats import hadamard
-from .operator import operator
+from .operator import Implementation, operator
 from .rms_norm_quant import rms_norm
 from .rope import apply_rope
 
@@ -61,3 +61,15 @@ def compress(projected: Tensor, ring: Tensor, rows: Compression, ape: Tensor, no
         cache.store(rows.slots, hadamard(entries) if rotate else entries)
     kept = rows.ring_write_row >= 0
     ring[rows.ring_write_row[kept]] = projected[kept]
+
+
+def _needs_packed_bf16(projected: Tensor, ring: Tensor, rows: Compression, ape: Tensor, norm_weight: Tensor, eps: float,
+                       cos: Tensor, sin: Tensor, cache: SlotStore, dtype: torch.dtype, rotate: bool) -> str | None:
+    packed = PackedIndexCache if rotate else PackedLatentCache
+    if not isinstance(cache, packed):
+        return f"the cache is a {type(cache).__name__}, not a {packed.__name__}"
+    return None if dtype == torch.bfloat16 else f"activations are {dtype}, not bfloat16"
+
+
+compress.add(Implementation("triton", "dsv4_plugin.kernels.triton.compress:compress", packages=("triton",),
+                            requires=_needs_packed_bf16))
