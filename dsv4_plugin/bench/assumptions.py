@@ -33,7 +33,7 @@ def parse(text: str) -> Efficiency:
         if not 0 <= number < float("inf") or (number == 0 and name != "launch_us"):
             raise AssumptionError(f"--what-if {word!r}: give a finite number above 0")
         if name == "launch_us":
-            values["launch"] = number * 1e-6
+            values["launch"] = number / 1e6
         else:
             values[name] = number
     return Efficiency(**values)

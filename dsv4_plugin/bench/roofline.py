@@ -79,11 +79,11 @@ class Layout:
     @classmethod
     def parse(cls, text: str) -> Layout:
         """From a name: tp8, dp8, dp8-ep8, tp4; "dp4/8" is four attention groups over eight GPUs. Raises LayoutError."""
-        attention, _, expert = text.partition("-")
+        attention, dash, expert = text.partition("-")
         kind, sizes = attention[:2], attention[2:]
         groups, _, gpus = sizes.partition("/")
-        numbers = (groups, gpus or groups, expert[2:] or "1")
-        if kind not in ("tp", "dp") or (expert and expert[:2] != "ep") or not all(n.isdigit() and int(n) for n in numbers) \
+        numbers = (groups, gpus or groups, expert[2:] if dash else "1")
+        if kind not in ("tp", "dp") or (dash and expert[:2] != "ep") or not all(n.isdigit() and int(n) for n in numbers) \
                 or (kind == "tp" and gpus):
             raise LayoutError(f"layout {text!r} is not understood; write tp8, dp8, dp8-ep8 or dp4/8 (4 attention groups on 8 GPUs)")
         return cls(int(numbers[1]), int(groups) if kind == "dp" else 1, int(numbers[2]))

@@ -10,8 +10,6 @@ import pytest
 from dsv4_plugin.bench.cost import SHIPPED
 from dsv4_plugin.cli import main
 
-from .test_results import result, write
-
 
 def read_csv(path):
     with path.open(newline="") as opened:
@@ -64,7 +62,7 @@ def test_the_page_needs_nothing_beside_it(published):
     assert not re.search(r"<(script|link|img|iframe)\b|@import|url\(\s*['\"]?http", text)
 
 
-def test_own_results_are_drawn_beside_the_published_curves(tmp_path):
+def test_own_results_are_drawn_beside_the_published_curves(tmp_path, result, write):
     path = write(tmp_path / "own.json", [result(4, label="ours"), result(8, label="ours")])
     assert main(["report", str(path), "--out", str(tmp_path / "out")]) == 0
     head = read_csv(tmp_path / "out" / "iso_interactivity.csv")[0]
@@ -72,7 +70,7 @@ def test_own_results_are_drawn_beside_the_published_curves(tmp_path):
     assert "ours (own measurement)" in (tmp_path / "out" / "pareto.svg").read_text()
 
 
-def test_another_workload_stands_alone(tmp_path, capsys):
+def test_another_workload_stands_alone(tmp_path, capsys, result, write):
     path = write(tmp_path / "tiny.json", [result(c, isl=64, osl=16, hw="cpu", label="tiny") for c in (1, 2, 4)])
     assert main(["report", str(path), "--out", str(tmp_path / "out")]) == 0
     assert "not drawn together" in capsys.readouterr().err
@@ -119,14 +117,14 @@ def test_wrong_arguments(arguments, message, capsys, tmp_path):
     assert message in capsys.readouterr().err
 
 
-def test_workloads_do_not_mix(tmp_path, capsys):
+def test_workloads_do_not_mix(tmp_path, capsys, result, write):
     path = write(tmp_path / "a.json", [result(8), result(8, isl=1024)])
     assert main(["report", str(path), "--out", str(tmp_path / "out")]) == 2
     assert "cannot share a figure" in capsys.readouterr().err
 
 
-def test_every_concurrency_label_has_room(published):
-    """Texts of the figure do not touch one another: every concurrency of the newest curve is written once, as many as fit."""
+def test_concurrency_labels_do_not_touch():
+    """No two texts of the figure touch, and nearly every point has one."""
     from dsv4_plugin.bench.curves import load_published
     from dsv4_plugin.bench.plot import draw
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -165,7 +163,7 @@ def test_roofline_refuses_a_fit_of_another_gpu(capsys):
     assert "the published curves are of pro on MI355X" in capsys.readouterr().err
 
 
-def test_module_files_are_shipped_as_package_data():
+def test_data_files_have_the_suffixes_that_are_packaged():
     bench = Path(SHIPPED).parent
     names = {path.suffix for path in bench.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert names <= {".yaml", ".json"}  # the suffixes that pyproject.toml lists

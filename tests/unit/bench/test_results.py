@@ -7,20 +7,7 @@ import pytest
 from dsv4_plugin.bench.curves import ResultError, load_results
 
 
-def result(conc=8, **changes):
-    made = {"hw": "mi355x", "conc": conc, "model": "deepseek-ai/DeepSeek-V4-Pro", "framework": "sglang", "precision": "fp4",
-            "spec_decoding": "none", "isl": 8192, "osl": 1024, "tp": 8, "ep": 1, "dp_attention": "false", "date": "2026-09-01",
-            "tput_per_gpu": 400.0 + conc, "output_tput_per_gpu": 44.0, "input_tput_per_gpu": 356.0 + conc,
-            "median_intvty": 100 / conc, "median_tpot": conc / 100}
-    return {**made, **changes}
-
-
-def write(path, document):
-    path.write_text(json.dumps(document))
-    return path
-
-
-def test_a_directory_becomes_one_curve_by_configuration(tmp_path):
+def test_a_directory_becomes_one_curve_by_configuration(tmp_path, result, write):
     for conc in (4, 8, 16):
         write(tmp_path / f"c{conc}.json", result(conc))
     write(tmp_path / "mtp.json", result(8, spec_decoding="mtp"))
@@ -32,7 +19,7 @@ def test_a_directory_becomes_one_curve_by_configuration(tmp_path):
     assert all((curve.hardware, curve.gpus, curve.workload) == ("MI355X", 8, "8192/1024") for curve in curves)
 
 
-def test_a_list_and_json_lines_are_read(tmp_path):
+def test_a_list_and_json_lines_are_read(tmp_path, result, write):
     one = write(tmp_path / "sweep.json", [result(4), result(8)])
     lines = tmp_path / "more.jsonl"
     lines.write_text(json.dumps(result(16)) + "\n" + json.dumps(result(32)) + "\n")
@@ -40,34 +27,33 @@ def test_a_list_and_json_lines_are_read(tmp_path):
     assert [point.concurrency for point in curve.points] == [4, 8, 16, 32]
 
 
-def test_layouts_of_one_configuration_share_a_curve(tmp_path):
+def test_layouts_of_one_configuration_share_a_curve(tmp_path, result, write):
     path = write(tmp_path / "a.json", [result(8), result(64, dp_attention="true"), result(128, dp_attention=True, ep=8)])
     (curve,), _ = load_results([path])
     assert {point.layout for point in curve.points} == {"tp8", "dp8", "dp8-ep8"}
 
 
-def test_measured_input_and_output_are_kept(tmp_path):
+def test_measured_input_and_output_are_kept(tmp_path, result, write):
     (curve,), _ = load_results([write(tmp_path / "a.json", result(8, output_tput_per_gpu=40.0, input_tput_per_gpu=368.0))])
     assert (curve.points[0].input_tput_per_gpu, curve.points[0].output_tput_per_gpu) == (368.0, 40.0)
 
 
-def test_interactivity_falls_back_on_the_time_per_token(tmp_path):
+def test_interactivity_falls_back_on_the_time_per_token(tmp_path, result, write):
     made = result(8)
     del made["median_intvty"]
     (curve,), _ = load_results([write(tmp_path / "a.json", made)])
     assert curve.points[0].intvty == pytest.approx(1 / 0.08)
 
 
-@pytest.mark.parametrize("document, message", [
-    ({"conc": 8}, "tput_per_gpu, isl, osl, median_intvty missing"),
-    (result(8, tput_per_gpu="fast"), "tput_per_gpu missing or not a number"),
-    (result(8, tput_per_gpu=0.0), "tput_per_gpu is 0"),
-    (result(8, median_intvty=0.0), "median_intvty is 0"),
-    ([], "no result found"),
+@pytest.mark.parametrize("changes, message", [
+    ({"isl": None, "median_intvty": None, "median_tpot": None}, "isl, median_intvty missing"),
+    ({"tput_per_gpu": "fast"}, "tput_per_gpu missing or not a number"),
+    ({"tput_per_gpu": 0.0}, "tput_per_gpu is 0"),
+    ({"median_intvty": 0.0}, "median_intvty is 0"),
 ])
-def test_a_wrong_file_is_named(tmp_path, document, message):
+def test_a_wrong_field_is_named(tmp_path, result, write, changes, message):
     with pytest.raises(ResultError, match=message):
-        load_results([write(tmp_path / "a.json", document)])
+        load_results([write(tmp_path / "a.json", result(8, **changes))])
 
 
 def test_absent_and_damaged_files_are_named(tmp_path):

@@ -1,0 +1,288 @@
+"""Launch recipes: what a file of recipes/ may say, and the shell command it means (docs/recipes.md)."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shlex
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .curves import Point, load_published
+from .roofline import MODELS
+
+ROLES = ("server", "prefill", "decode", "router")
+ROUTER = ("python", "-m", "sglang_router.launch_router", "--pd-disaggregation")
+Scalar = str | int | float
+
+
+class RecipeError(ValueError):
+    """A recipe that does not exist or says something recipes cannot say."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to launch a recipe: alternatives of one another, or, with roles, the parts of one disaggregated server."""
+
+    name: str
+    role: str
+    concurrency: tuple[int, ...]
+    environment: Mapping[str, str]
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Original:
+    """How the published figure was launched then, on a host that is not the one installed now."""
+
+    image: str
+    source: str
+    environment: Mapping[str, str]
+    arms: tuple[Arm, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One file of recipes/. Environment and arguments of an arm already include the recipe's common ones."""
+
+    name: str
+    title: str
+    model: str
+    gpu: str
+    gpus: int
+    host: str
+    image: str
+    arms: tuple[Arm, ...]
+    workload: Mapping[str, float]
+    accuracy: Mapping[str, Any]
+    published: tuple[Point, ...]
+    published_note: str
+    measured: str | Mapping[str, Any]
+    serve: tuple[str, ...] = ()
+    """Options of `dsv4 serve` itself, such as --cpu."""
+    original: Original | None = None
+    notes: tuple[str, ...] = ()
+
+    def arm(self, name: str | None) -> Arm:
+        """The arm of that name, or the only one. Raises RecipeError naming the arms."""
+        names = [arm.name for arm in self.arms]
+        if name is None and len(names) == 1:
+            return self.arms[0]
+        for arm in self.arms:
+            if arm.name == name:
+                return arm
+        raise RecipeError(f"recipe {self.name} has the arms {', '.join(names)}; "
+                          + ("give one with --arm" if name is None else f"{name!r} is none of them"))
+
+
+def recipe_directory() -> Path:
+    """Where recipes are: beside the package in a checkout, under share/ in an installation."""
+    checkout = Path(__file__).parents[2] / "recipes"
+    return checkout if checkout.is_dir() else Path(sysconfig.get_path("data"), "share", "dsv4_plugin", "recipes")
+
+
+def list_recipes(directory: Path | None = None) -> list[Recipe]:
+    """All recipes by name. Raises RecipeError for the first wrong one."""
+    return [read_recipe(path) for path in sorted((directory or recipe_directory()).glob("*.yaml"))]
+
+
+def find_recipe(name: str, directory: Path | None = None) -> Recipe:
+    """A recipe by name, or by the path of its file. Raises RecipeError naming the nearest one."""
+    if name.endswith((".yaml", ".yml")):
+        return read_recipe(Path(name))
+    path = (directory or recipe_directory()) / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        near = difflib.get_close_matches(name, known, n=1)
+        raise RecipeError(f"no recipe {name!r} in {path.parent}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"))
+    return read_recipe(path)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Reads and checks one file. Raises RecipeError with the file, the field and what it takes."""
+    try:
+        document = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise RecipeError(f"recipe {path}: {error}") from None
+    return _Reader(path, document).recipe()
+
+
+class _Reader:
+    """Takes fields out of one document; every complaint names the file and the field."""
+
+    def __init__(self, path: Path, document: Any):
+        self.path = path
+        if not isinstance(document, dict):
+            raise RecipeError(f"recipe {path}: is not a mapping of fields")
+        self.document = document
+
+    def fail(self, where: str, what: str) -> RecipeError:
+        return RecipeError(f"recipe {self.path}: {where} {what}")
+
+    def fields(self, mapping: Any, where: str, required: Mapping[str, type | tuple[type, ...]],
+               optional: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+        if not isinstance(mapping, dict):
+            raise self.fail(where, f"is {mapping!r}; it must be a mapping")
+        known = {**required, **optional}
+        for name, value in mapping.items():
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+                raise self.fail(where, f"has no field {name!r}; did you mean {near[0]}?")
+            if not isinstance(value, known[name]) or isinstance(value, bool):
+                kinds = known[name] if isinstance(known[name], tuple) else (known[name],)
+                raise self.fail(where, f"{name} is {value!r}; it must be {' or '.join(_KINDS[kind] for kind in kinds)}")
+        missing = [name for name in required if name not in mapping]
+        if missing:
+            raise self.fail(where, f"lacks {', '.join(missing)}")
+        return mapping
+
+    def recipe(self) -> Recipe:
+        d = self.fields(self.document, "the recipe", {
+            "title": str, "model": str, "gpu": str, "gpus": int, "host": str, "image": str, "arms": dict, "workload": dict,
+            "accuracy": (dict, str), "published": (dict, str), "measured": (dict, str)},
+            {"environment": dict, "arguments": dict, "serve": list, "original": dict, "notes": list})
+        published, note = self.published(d["published"])
+        return Recipe(
+            name=self.path.stem, title=d["title"], model=d["model"], gpu=d["gpu"], gpus=d["gpus"], host=d["host"], image=d["image"],
+            arms=self.arms(d["arms"], d.get("environment", {}), d.get("arguments", {}), "arms"),
+            workload=self.fields(d["workload"], "workload", {"isl": int, "osl": int}, {"range_ratio": (float, int)}),
+            accuracy=self.accuracy(d["accuracy"]), published=published, published_note=note, measured=self.measured(d["measured"]),
+            serve=tuple(map(str, d.get("serve", ()))), original=self.original(d.get("original")), notes=tuple(d.get("notes", ())))
+
+    def arms(self, arms: dict, environment: Any, arguments: Any, where: str) -> tuple[Arm, ...]:
+        common_environment = self.environment(environment, "environment")
+        common_arguments = self.arguments(arguments, "arguments")
+        if not arms:
+            raise self.fail(where, "is empty; a recipe has at least one arm")
+        made = []
+        for name, arm in arms.items():
+            place = f"{where}.{name}"
+            self.fields(arm, place, {"concurrency": list}, {"environment": dict, "arguments": dict, "role": str})
+            role = arm.get("role", "server")
+            if role not in ROLES:
+                raise self.fail(place, f"role is {role!r}; it must be {', '.join(ROLES)}")
+            if not all(type(count) is int and count > 0 for count in arm["concurrency"]):
+                raise self.fail(place, f"concurrency is {arm['concurrency']}; it must be counts above 0")
+            own = self.arguments(arm.get("arguments", {}), place)
+            made.append(Arm(name, role, tuple(arm["concurrency"]),
+                            {**({} if role == "router" else common_environment), **self.environment(arm.get("environment", {}), place)},
+                            {**({} if role == "router" else common_arguments), **own}))
+        return tuple(made)
+
+    def environment(self, mapping: Any, where: str) -> dict[str, str]:
+        if not isinstance(mapping, dict):
+            raise self.fail(where, f"is {mapping!r}; it must map names to values")
+        for name, value in mapping.items():
+            if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+                raise self.fail(where, f"{name} is {value!r}; quote the text that the variable must hold")
+        return {str(name): str(value) for name, value in mapping.items()}
+
+    def arguments(self, mapping: Any, where: str) -> dict[str, Any]:
+        if not isinstance(mapping, dict):
+            raise self.fail(where, f"is {mapping!r}; it must map option names to values")
+        for name, value in mapping.items():
+            if str(name).startswith("-"):
+                raise self.fail(where, f"{name}: write the option without its dashes")
+            if value is None or value is False:
+                raise self.fail(where, f"{name} is {value!r}; give its value, true for an option without one, or leave it out")
+            if not isinstance(value, (str, int, float, list)):
+                raise self.fail(where, f"{name} is {value!r}; an option takes text, a number, true or a list")
+        return mapping
+
+    def published(self, said: dict | str) -> tuple[tuple[Point, ...], str]:
+        if isinstance(said, str):
+            return (), said
+        self.fields(said, "published", {}, {"curve": str, "layouts": list, "points": list, "source": str})
+        if "curve" in said:
+            curves = {curve.date: curve for curve in load_published().curves}
+            if said["curve"] not in curves:
+                raise self.fail("published", f"curve is {said['curve']!r}; the shipped ones are {', '.join(curves)}")
+            layouts = said.get("layouts")
+            points = tuple(p for p in curves[said["curve"]].points if layouts is None or p.layout in layouts)
+            return points, points[0].source
+        if "points" not in said or "source" not in said:
+            raise self.fail("published", "needs a curve, or points with their source")
+        made = []
+        for row in said["points"]:
+            self.fields(row, "published.points", {"concurrency": int, "tput_per_gpu": (int, float)}, {"intvty": (int, float)})
+            made.append(Point(row["concurrency"], row["tput_per_gpu"], row.get("intvty", 0.0), 0.0, 0.0, source=said["source"]))
+        return tuple(made), said["source"]
+
+    def accuracy(self, said: dict | str) -> Mapping[str, Any]:
+        if isinstance(said, str):
+            return {"none": said}
+        return self.fields(said, "accuracy", {"task": str, "threshold": (float, int), "source": str}, {"reported": str})
+
+    def measured(self, said: dict | str) -> str | Mapping[str, Any]:
+        if isinstance(said, str):
+            if not said.startswith("not measured"):
+                raise self.fail("measured", f"is {said!r}; write 'not measured', with the reason, or a mapping with commit and points")
+            return said
+        return self.fields(said, "measured", {"commit": str, "date": str, "machine": str, "points": list}, {"note": str})
+
+    def original(self, said: dict | None) -> Original | None:
+        if said is None:
+            return None
+        self.fields(said, "original", {"image": str, "source": str, "arms": dict}, {"environment": dict, "arguments": dict, "notes": list})
+        environment = self.environment(said.get("environment", {}), "original.environment")
+        return Original(said["image"], said["source"], environment,
+                        self.arms(said["arms"], environment, said.get("arguments", {}), "original.arms"), tuple(said.get("notes", ())))
+
+
+_KINDS = {str: "text", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"}
+
+
+def model_config(model: str) -> str | None:
+    """Text of the config.json of a recipe's model: of its directory, or of the released model it names; None when neither is known."""
+    own = Path(model, "config.json")
+    if own.is_file():
+        return own.read_text()
+    name = model.split("/")[-1].lower()
+    for released in ("pro", "flash"):
+        if f"v4-{released}" in name:
+            config = json.loads((MODELS / f"{released}.json").read_text())
+            return json.dumps({**config, "expert_dtype": "fp8"} if name.endswith("-fp8") else config)
+    return None
+
+
+def option_words(arguments: Mapping[str, Any], concurrency: int) -> list[str]:
+    """Words of a command line; {concurrency} in a value stands for the largest concurrency that is run."""
+    words: list[str] = []
+    for name, value in arguments.items():
+        words.append(f"--{name}")
+        if value is not True:
+            values = value if isinstance(value, list) else [value]
+            words += [str(each).replace("{concurrency}", str(concurrency)) for each in values]
+    return words
+
+
+def command(recipe: Recipe, arm: Arm, model: str | None = None, concurrency: int | None = None) -> list[str]:
+    """Words that launch one arm, without its environment. `model` replaces the recipe's."""
+    options = option_words(arm.arguments, concurrency or max(arm.concurrency, default=1))
+    if arm.role == "router":
+        return [*ROUTER, *options]
+    return ["dsv4", "serve", model or recipe.model, *recipe.serve, *options]
+
+
+def original_command(recipe: Recipe, arm: Arm, concurrency: int | None = None) -> list[str]:
+    """Words that launched one arm of the original; its model is the recipe's."""
+    options = option_words(arm.arguments, concurrency or max(arm.concurrency, default=1))
+    return ["python", "-m", "sglang.launch_server", "--model-path", recipe.model, *options]
+
+
+def shell(words: list[str], environment: Mapping[str, str]) -> str:
+    """The command as one shell command over several lines, an option a line."""
+    lines = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
+    current: list[str] = []
+    for word in words:
+        if word.startswith("--") and current:
+            lines.append(" ".join(current))
+            current = []
+        current.append(shlex.quote(word))
+    return " \\\n  ".join([*lines, " ".join(current)])

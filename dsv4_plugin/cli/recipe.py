@@ -1,0 +1,168 @@
+"""List, show, check and run launch recipes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..bench.recipe import Arm, Recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|show|run|check")
+    verbs.add_parser("list", help="name every recipe")
+    show = verbs.add_parser("show", help="print the exact shell command of each arm, with what is known of its speed and accuracy")
+    show.add_argument("--original", action="store_true", help="the command that produced the published figure then, on the host of that day")
+    run = verbs.add_parser("run", help="start the server of one arm")
+    check = verbs.add_parser("check", help="ask the installed SGLang whether it would act on every option and variable")
+    for verb in (show, run):
+        verb.add_argument("name", help="name of the recipe, or the path of a .yaml file")
+        verb.add_argument("--arm", help="one of the recipe's arms")
+        verb.add_argument("--model-path", help="serve this checkpoint instead of the recipe's")
+        verb.add_argument("--concurrency", type=int, help="what {concurrency} stands for (default: the arm's largest)")
+    check.add_argument("name", nargs="*", help="names or paths (default: every recipe)")
+    for verb in verbs.choices.values():
+        verb.add_argument("--dir", type=Path, help="directory of the recipes (default: the shipped ones)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return {"list": _list, "show": _show, "run": _run, "check": _check}[arguments.verb](arguments)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from ..bench.recipe import list_recipes
+
+    recipes = list_recipes(arguments.dir)
+    width = max((len(recipe.name) for recipe in recipes), default=0)
+    for recipe in recipes:
+        state = recipe.measured if isinstance(recipe.measured, str) else f"measured at {recipe.measured['commit']}"
+        print(f"{recipe.name:<{width}}  {recipe.title} [{state.split(':')[0]}]")
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from ..bench import recipe as recipes
+
+    recipe = recipes.find_recipe(arguments.name, arguments.dir)
+    if arguments.original and recipe.original is None:
+        raise recipes.RecipeError(f"recipe {recipe.name} has no original: it was first written for this plugin")
+    arms = recipe.original.arms if arguments.original else recipe.arms
+    chosen = arms if arguments.arm is None else [arm for arm in arms if arm.name == arguments.arm]
+    if not chosen:
+        recipe.arm(arguments.arm)
+    print("\n".join(f"# {line}" for line in _facts(recipe, arguments.original)))
+    for arm in chosen:
+        print(f"\n# arm {arm.name}" + (f" ({arm.role})" if arm.role != "server" else "")
+              + (f", concurrency {' '.join(map(str, arm.concurrency))}" if arm.concurrency else ""))
+        if arguments.original:
+            words = recipes.original_command(recipe, arm, arguments.concurrency)
+        else:
+            words = recipes.command(recipe, arm, arguments.model_path, arguments.concurrency)
+        print(recipes.shell(words, arm.environment))
+    return 0
+
+
+def _facts(recipe: Recipe, original: bool) -> list[str]:
+    lines = [recipe.title, f"{recipe.model} on {recipe.gpus} x {recipe.gpu}"]
+    if original and recipe.original:
+        lines += [f"image {recipe.original.image}", f"source {recipe.original.source}", *recipe.original.notes]
+    else:
+        lines += [f"host {recipe.host}, image {recipe.image}", *recipe.notes]
+    accuracy = recipe.accuracy
+    lines.append(f"accuracy: {accuracy['none']}" if "none" in accuracy else
+                 f"accuracy: {accuracy['task']} at least {accuracy['threshold']} ({accuracy['source']})"
+                 + (f", reported {accuracy['reported']}" if "reported" in accuracy else ""))
+    if recipe.published:
+        points = ", ".join(f"{p.concurrency}: {p.tput_per_gpu:g}" + (f" @{p.intvty:g}" if p.intvty else "") for p in recipe.published)
+        lines.append(f"published tokens/s/GPU by concurrency (@tokens/s/user): {points}")
+    lines.append(f"published: {recipe.published_note}")
+    if isinstance(recipe.measured, str):
+        lines.append(f"measured: {recipe.measured}")
+    else:
+        lines.append("measured: " + ", ".join(f"{key} {value}" for key, value in recipe.measured.items()))
+    return lines
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ..bench import recipe as recipes
+
+    recipe = recipes.find_recipe(arguments.name, arguments.dir)
+    arm = recipe.arm(arguments.arm)
+    problems = [problem for _, problem in _problems([(recipe, arm)])]
+    if problems:
+        raise recipes.RecipeError(f"recipe {recipe.name}: " + "; ".join(problems))
+    words = recipes.command(recipe, arm, arguments.model_path, arguments.concurrency)
+    print(recipes.shell(words, arm.environment), flush=True)
+    os.execvpe(words[0], words, {**os.environ, **arm.environment})
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from ..bench.recipe import find_recipe, list_recipes
+    from ..host import arguments as host
+
+    recipes = [find_recipe(name, arguments.dir) for name in arguments.name] if arguments.name else list_recipes(arguments.dir)
+    print(f"against SGLang {host.host_version()}")
+    found = _problems([(recipe, arm) for recipe in recipes for arm in recipe.arms])
+    for recipe in recipes:
+        problems = [problem for owner, problem in found if owner is recipe]
+        print(f"{recipe.name}: {'refused' if problems else 'ok'}")
+        for problem in problems:
+            print(f"  {problem}")
+    return 1 if found else 0
+
+
+def _problems(arms: list[tuple[Recipe, Arm]]) -> list[tuple[Recipe, str]]:
+    """What the installed host or plugin would not do as a recipe says, with the recipe and the arm."""
+    from ..host import arguments as host
+
+    found, launches = [], []
+    for recipe, arm in arms:
+        reasons = host.environment_problems(arm.environment)
+        reasons += [f"dsv4 serve has no option {word}" for word in _unknown_to_serve(recipe)]
+        if arm.role != "router":  # another program, with a parser of its own
+            words = _host_words(recipe, arm)
+            refused = host.argument_problems(words)
+            reasons += refused
+            if not refused:
+                launches.append((recipe, arm, words))
+        found += [(recipe, f"arm {arm.name}: {reason}") for reason in reasons]
+    return found + _resolved(launches)
+
+
+def _resolved(launches: list[tuple[Recipe, Arm, list[str]]]) -> list[tuple[Recipe, str]]:
+    """What the host's own resolution changes, for models whose config.json is at hand."""
+    import tempfile
+
+    from ..bench.recipe import model_config
+    from ..host import arguments as host
+
+    with tempfile.TemporaryDirectory() as directory:
+        known = []
+        for index, (recipe, arm, words) in enumerate(launches):
+            config = model_config(recipe.model)
+            if config is not None:
+                place = Path(directory, str(index))
+                place.mkdir()
+                (place / "config.json").write_text(config)
+                known.append((recipe, arm, ["--model-path", str(place), *words[2:]]))
+        answers = host.resolution_problems([words for _, _, words in known])
+    return [(recipe, f"arm {arm.name}: {reason}") for (recipe, arm, _), reasons in zip(known, answers) for reason in reasons]
+
+
+def _host_words(recipe: Recipe, arm: Arm) -> list[str]:
+    """The arguments that reach the host, as `dsv4 serve` hands them on."""
+    from ..bench.recipe import option_words
+
+    device = "cpu" if "--cpu" in recipe.serve else "cuda"  # ROCm's device is called cuda too
+    return ["--model-path", recipe.model, "--device", device, *option_words(arm.arguments, max(arm.concurrency, default=1))]
+
+
+def _unknown_to_serve(recipe: Recipe) -> list[str]:
+    from . import serve
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    serve.add_arguments(parser)
+    return parser.parse_known_args([recipe.model, *recipe.serve])[1]
