@@ -1,0 +1,114 @@
+"""Check on this machine, with fresh random data, that every implementation agrees with its reference.
+
+Run it before trusting a new image. Without a GPU the Triton kernels are interpreted, at small sizes. At the end a tiny
+checkpoint goes through the whole model. The exit status is 1 when a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+
+
+class VerifyError(ValueError):
+    """What was asked to be verified is not here."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", help="fail at once unless this machine has this architecture, such as gfx950")
+    parser.add_argument("--op", action="append", metavar="OPERATOR", help="only this operator; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="Pro shapes only, small steps only")
+    parser.add_argument("--seed", type=int, help="of the random data (default: a new one each time, which is printed)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first kernel is imported
+    from .. import device, flags, ops  # noqa: F401  ops registers the operators
+    from ..ops import operator as selection
+    from ..runtime import verify
+
+    flags.check()
+    names = _operators(arguments.op, list(flags.OPERATORS))
+    if arguments.arch and device.arch() != arguments.arch:
+        raise VerifyError(f"this machine is {device.arch()}, not {arguments.arch}")
+    seed = time.time_ns() % 2**31 if arguments.seed is None else arguments.seed
+    where = verify.machine()
+    results = []
+    if not arguments.json:
+        kind = "interpreted on the CPU at small sizes" if where.type == "cpu" else "on this GPU, one of eight ranks"
+        print(f"{device.arch()}, torch {device.package_version('torch')}, triton {device.package_version('triton')}; "
+              f"kernels {kind}; --seed {seed}")
+        _line("operator", "implementation", "case", "error", "allowed", "ms", "reference", "")
+    checks = verify.verify_operators(names, where, arguments.quick, seed)
+    for result in checks:
+        results.append(result)
+        _show(result, arguments.json)
+    selection.configure()
+    if not arguments.op:
+        for result in verify.verify_model(where, seed):
+            results.append(result)
+            _show(result, arguments.json)
+    return _conclude(results, names, seed, arguments.json)
+
+
+def _operators(wanted: list[str] | None, known: list[str]) -> list[str]:
+    import difflib
+
+    for name in wanted or ():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise VerifyError(f"there is no operator {name!r}; did you mean {near[0]}?")
+    return wanted or known
+
+
+def _line(*cells: str) -> None:
+    widths = (20, 14, 58, 9, 8, 9, 9, 0)
+    print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip(), flush=True)
+
+
+def _show(result, quiet: bool) -> None:
+    if quiet:
+        return
+    if not hasattr(result, "error"):
+        _line(result.subject, result.implementation, "-", "-", "-", "-", "-", f"not run: {result.reason}")
+        return
+    times = ["-" if each is None else f"{each * 1e3:.3g}" for each in (result.seconds, result.reference_seconds)]
+    _line(result.subject, result.implementation, result.case, f"{result.error:.1e}", f"{result.tolerance.limit:.0e}", *times,
+          "ok" if result.passed else f"WRONG {result.note}")
+
+
+def _conclude(results: list, names: list[str], seed: int, as_json: bool) -> int:
+    checks = [result for result in results if hasattr(result, "error")]
+    wrong = [result for result in checks if not result.passed]
+    verified = {result.subject for result in checks}
+    alone = [name for name in names if name not in verified]
+    if as_json:
+        from dataclasses import asdict
+
+        rows = [asdict(result) | ({"passed": result.passed, "error": min(result.error, 1e308)} if hasattr(result, "error") else {})
+                for result in results]
+        print(json.dumps({"seed": seed, "results": rows, "reference only": alone}, indent=1))
+        return 1 if wrong else 0
+    for why in sorted({f"{result.tolerance.limit:.0e}: {result.tolerance.why}" for result in checks}):
+        print(f"allowed {why}")
+    if alone:
+        print(f"only their reference runs here: {', '.join(alone)}")
+    print(f"{len(checks) - len(wrong)} of {len(checks)} checks passed")
+    for result in wrong:
+        print(f"dsv4: error: {_complaint(result)}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _complaint(result) -> str:
+    off = result.note if result.error == float("inf") and result.note else f"error {result.error:.2e}"
+    if result.subject == "model":
+        return f"the model is wrong: {result.case}, {off}"
+    return (f"{result.subject} is wrong in {result.implementation} ({result.case}): {off}; until that is mended set "
+            f"DSV4_{result.subject.upper()}=reference")

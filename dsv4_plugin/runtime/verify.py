@@ -1,0 +1,173 @@
+"""Every implementation that can run here against its reference, and the whole model against itself.
+
+What `dsv4 verify` runs before anybody trusts a new image.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.load import load_checkpoint
+from ..checkpoint.tiny import tiny_config, write_tiny
+from ..config import Geometry, Precision
+from ..device import arch
+from ..model import DeepseekV4
+from ..ops import operator as selection
+from ..ops.operator import OPERATORS, Implementation, Operator
+from .cases import MODELS, Case, cases, sizes
+from .compare import Tolerance, bound, error, errors, outcome, tolerance
+from .engine import Engine
+
+
+@dataclass(frozen=True)
+class Result:
+    """One check."""
+
+    subject: str
+    """Operator, or "model"."""
+    implementation: str
+    case: str
+    error: float
+    tolerance: Tolerance
+    seconds: float | None = None
+    reference_seconds: float | None = None
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance.limit
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An implementation that cannot run here, and why."""
+
+    subject: str
+    implementation: str
+    reason: str
+
+
+def verify_operators(names: list[str], device: torch.device, quick: bool, seed: int) -> Iterator[Result | Skipped]:
+    """Checks every implementation of the operators `names` with fresh data of `seed`."""
+    for name in names:
+        for implementation in OPERATORS[name].implementations.values():
+            reason = implementation.unavailable()
+            if reason:
+                yield Skipped(name, implementation.name, reason)
+                continue
+            yield from _verify_implementation(OPERATORS[name], implementation, device, quick, seed)
+
+
+def _verify_implementation(operator: Operator, implementation: Implementation, device: torch.device, quick: bool,
+                           seed: int) -> Iterator[Result | Skipped]:
+    for model in MODELS[:1] if quick else MODELS:
+        for size in sizes(model, device, quick):
+            for case in cases(operator.name, size, device, seed):
+                yield from _verify_case(operator, implementation, case, device)
+
+
+def _verify_case(operator: Operator, implementation: Implementation, case: Case,
+                 device: torch.device) -> Iterator[Result | Skipped]:
+    arguments = case.arguments()
+    if implementation.requires and (reason := implementation.requires(*arguments)):
+        yield Skipped(operator.name, implementation.name, f"{case.label}: {reason}")
+        return
+    allowed = tolerance(operator.name, arguments[0].dtype)
+    try:
+        run = implementation.load()
+        _, found = errors(operator, run, arguments, {})
+        seconds, reference = (_seconds(each, case.arguments(), device) for each in (run, operator.reference))
+        yield Result(operator.name, implementation.name, case.label, max(found.values(), default=0.0), allowed, seconds,
+                     reference, ", ".join(name for name, each in found.items() if each > allowed.limit))
+        if device.type == "cuda":
+            yield _replayed(operator, run, case, implementation.name)
+    except Exception as failure:  # a kernel may fail in any way; the other checks still have to run
+        yield Result(operator.name, implementation.name, case.label, float("inf"), allowed,
+                     note=f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}")
+
+
+def _seconds(run: Callable, arguments: tuple, device: torch.device) -> float:
+    """Best of some runs, the first not counted; on a CPU, where kernels are interpreted, one run."""
+    times = []
+    for _ in range(1 if device.type == "cpu" else 20):
+        start = time.perf_counter()
+        run(*arguments)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:] or times)
+
+
+def _replayed(operator: Operator, run: Callable, case: Case, name: str) -> Result:
+    """A graph's replay against the eager call: the same bits."""
+    eager, captured = case.arguments(), case.arguments()
+    want = outcome(operator, run(*eager), bound(operator, eager, {}))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run(*captured)
+    graph.replay()
+    torch.cuda.synchronize()
+    got = outcome(operator, result, bound(operator, captured, {}))
+    same = all(torch.equal(got[key].nan_to_num(), want[key].nan_to_num()) for key in want)
+    return Result(operator.name, name, f"{case.label}, graph replay", 0.0 if same else float("inf"),
+                  Tolerance(0.0, "a replay runs the same kernels on the same data: equal bits"))
+
+
+PROMPT = 333  # more than 128 + 256 would add nothing; unaligned to windows of 4 and 128 and to a page of 256
+NEW_TOKENS = 12
+
+SERVING = Tolerance(0.1, "bf16 over six layers, where a reordered rounding may change one selected entry of 64")
+SAME_MODEL = Tolerance(2e-3, "fp32 throughout; sums of other lengths order their terms differently")
+
+
+def verify_model(device: torch.device, seed: int) -> Iterator[Result]:
+    """A tiny checkpoint through the runtime, with the implementations in use.
+
+    exact: a prompt in one chunk, in ragged chunks and token by token must give the same logits. serving: what the chosen
+    implementations give against all references on the same weights.
+    """
+    with tempfile.TemporaryDirectory(prefix="dsv4-verify-") as directory:
+        path = Path(directory) / "tiny"
+        write_tiny(path, tiny_config(hidden=256), seed=seed)
+        prompt = torch.randint(300, (PROMPT,), generator=torch.Generator().manual_seed(seed)).tolist()
+        exact = _engine(path, Precision.EXACT, device)
+        with references():
+            whole = exact.score(prompt)
+            ragged = exact.score(prompt, [1, 6, 121, 128, 70, *[1] * 7])
+            new = exact.generate([prompt], NEW_TOKENS, chunk=100)[0]
+            again = exact.score(prompt + new)[len(prompt) - 1:-1].argmax(-1).tolist()
+        yield Result("model", "reference", "exact: chunks against one prefill", error(ragged, whole), SAME_MODEL)
+        yield Result("model", "reference", f"exact: {NEW_TOKENS} decoded tokens against their prefill",
+                     0.0 if new == again else float("inf"), Tolerance(0.0, "the same tokens"))
+        serving = _engine(path, Precision.SERVING, device)
+        start = time.perf_counter()
+        chosen = serving.score(prompt)
+        seconds = time.perf_counter() - start
+        with references():
+            start = time.perf_counter()
+            want = serving.score(prompt)
+            reference_seconds = time.perf_counter() - start
+        yield Result("model", "in use", "serving: implementations in use against references", error(chosen, want), SERVING,
+                     seconds, reference_seconds)
+
+
+def _engine(path: Path, precision: Precision, device: torch.device) -> Engine:
+    model = DeepseekV4(Geometry.from_dir(path), precision, device=device, parts="backbone")
+    load_checkpoint(model, path)
+    return Engine(model, max_tokens=1024, max_requests=2)
+
+
+def references():
+    """While it lasts, every operator runs its reference."""
+    return selection.observed(lambda operator, choice, *args, **kwargs: operator.reference(*args, **kwargs))
+
+
+def machine() -> torch.device:
+    """The device that is verified."""
+    return torch.device("cpu" if arch() == "cpu" else "cuda")

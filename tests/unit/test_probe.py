@@ -1,0 +1,114 @@
+"""The probe of a loaded model: it passes a sound one and names operator and layer of a broken one."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+from dsv4_plugin.checkpoint.load import load_checkpoint
+from dsv4_plugin.config import Geometry, Precision
+from dsv4_plugin.model import DeepseekV4
+from dsv4_plugin.ops import operator as selection
+from dsv4_plugin.ops.operator import HERE, OPERATORS, Implementation
+from dsv4_plugin.runtime.probe import ProbeError, probe, prompt, sampled_layers
+
+
+@pytest.fixture(scope="module")
+def model(tiny_dir):
+    model = DeepseekV4(Geometry.from_dir(tiny_dir), Precision.SERVING, parts="backbone")
+    load_checkpoint(model, tiny_dir)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def fresh_selection():
+    yield
+    selection.configure()
+
+
+def use(monkeypatch, operator, run):
+    """Makes `run` the implementation in use of `operator`."""
+    module = types.ModuleType("probed")
+    module.run = run
+    monkeypatch.setitem(sys.modules, "probed", module)
+    monkeypatch.setattr(Implementation, "unavailable", lambda self: None if self.path == "probed:run" else "not here")
+    monkeypatch.setattr(OPERATORS[operator], "implementations", {})
+    OPERATORS[operator].add(Implementation("triton", "probed:run"))
+    monkeypatch.setenv(f"DSV4_{operator.upper()}", "triton")
+    selection.configure()
+
+
+def test_it_samples_every_kind_of_layer_and_the_last(model):
+    geometry = model.geometry
+    layers = sampled_layers(geometry)
+    assert geometry.num_hidden_layers - 1 in layers
+    kinds = {(geometry.compress_ratios[layer], geometry.is_hash_routed(layer)) for layer in range(geometry.num_hidden_layers)}
+    assert {(geometry.compress_ratios[layer], geometry.is_hash_routed(layer)) for layer in layers} == kinds
+    assert len(prompt(geometry)) // 4 > geometry.index_topk
+
+
+def test_references_alone_pass_with_nothing_compared(model):
+    found = probe(model)
+    assert found.calls == 0 and not found.compared
+
+
+@pytest.mark.parametrize("operator", ["sparse_mla", "compress", "qk_norm_rope_store", "moe", "route", "mhc_post",
+                                      "indexer_logits", "topk_select", "grouped_output"])
+def test_a_sound_implementation_passes_and_is_counted(model, monkeypatch, operator):
+    use(monkeypatch, operator, lambda *args, **kwargs: OPERATORS[operator].reference(*args, **kwargs))
+    found = probe(model)
+    assert found.compared == {operator: "triton"} and found.calls >= 2 and found.worst == 0.0
+
+
+def test_the_host_loads_under_another_default_dtype(model, monkeypatch):
+    use(monkeypatch, "compress", lambda *args, **kwargs: OPERATORS["compress"].reference(*args, **kwargs))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert probe(model).calls > 0
+        assert torch.get_default_dtype() is torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(("operator", "layer"), [("sparse_mla", 2), ("mhc_pre", 0), ("route", 5)])
+def test_a_broken_one_is_named_with_its_layer(model, monkeypatch, operator, layer):
+    """Wrong in one layer only, by 10% of one thing it returns."""
+    def run(*args, **kwargs):
+        result = OPERATORS[operator].reference(*args, **kwargs)
+        if HERE.layer != layer:
+            return result
+        return (result[0] * 1.1, *result[1:]) if isinstance(result, tuple) else result * 1.1
+
+    assert layer in sampled_layers(model.geometry)
+    use(monkeypatch, operator, run)
+    with pytest.raises(ProbeError, match=f"{operator} is wrong in layer {layer} during prefill.*DSV4_{operator.upper()}=reference"):
+        probe(model)
+
+
+def test_one_that_is_wrong_in_decode_only_is_found(model, monkeypatch):
+    def run(*args, **kwargs):
+        result = OPERATORS["sparse_mla"].reference(*args, **kwargs)
+        return result * (0.5 if HERE.phase == "decode" else 1.0)
+
+    use(monkeypatch, "sparse_mla", run)
+    with pytest.raises(ProbeError, match="sparse_mla is wrong in layer 0 during decode"):
+        probe(model)
+
+
+def test_logits_that_are_not_finite_are_refused(model):
+    sound = model.norm.weight.data.clone()
+    model.norm.weight.data.fill_(float("nan"))
+    try:
+        with pytest.raises(ProbeError, match="not finite"):
+            probe(model)
+    finally:
+        model.norm.weight.data.copy_(sound)
+
+
+def test_the_probe_leaves_no_counts(model):
+    selection.forget()
+    probe(model)
+    assert sum(row.calls for row in selection.report_rows()) == 0
