@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cache.stores import SlotStore
-from .operator import operator
+from ..cache.stores import PackedLatentCache, SlotStore
+from .operator import Implementation, operator
 
 _MAX_GATHERED = 1 << 24  # bounds the reference's gathered latents to 64 MiB
 
@@ -43,3 +43,15 @@ def sparse_mla(q: Tensor, window_cache: SlotStore, window: Tensor, compressed_ca
         denominator = p.sum(-1) + (sink - amax).exp()
         out[part] = ((p @ keys) / denominator.unsqueeze(-1)).to(q.dtype)
     return out
+
+
+def _needs_packed_bf16(q: Tensor, window_cache: SlotStore, window: Tensor, compressed_cache: SlotStore | None,
+                       compressed: Tensor | None, sink: Tensor, softmax_scale: float) -> str | None:
+    for name, cache in (("window", window_cache), ("compressed", compressed_cache)):
+        if cache is not None and not isinstance(cache, PackedLatentCache):
+            return f"the {name} cache is a {type(cache).__name__}, not packed"
+    return None if q.dtype == torch.bfloat16 else f"q is {q.dtype}, not bfloat16"
+
+
+sparse_mla.add(Implementation("triton", "dsv4_plugin.kernels.triton.sparse_mla:sparse_mla", packages=("triton",),
+                              requires=_needs_packed_bf16))

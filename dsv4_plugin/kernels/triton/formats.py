@@ -30,6 +30,16 @@ def round_to_bf16(x):
 
 
 @triton.jit
+def fp8_to_fp32(byte):
+    """fp32 of finite e4m3 `byte` (uint8), on the bits, which costs the same on every architecture.
+
+    e4m3's exponent and mantissa at the top of an fp32 magnitude are the value times 2^(7 - 127), subnormals included.
+    """
+    bits = byte.to(tl.int32)
+    return (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
+
+
+@triton.jit
 def fp8_scale(amax):
     """(scale, 1 / scale, ue8m0 byte) of the power of two 2^ceil(log2(max(amax, 1e-4) / 448)), as quantize_fp8 has it.
 

@@ -1,0 +1,1 @@
+"""Kernels, one family a file and one language a directory: no policy, no flags, no host."""

@@ -1,0 +1,234 @@
+"""Attention over packed latents by slot lists, gather, dequantisation and softmax in one pass (docs/kernels.md).
+
+A program takes BLOCK_H heads of one token and walks its slots in tiles of BLOCK_K. A latent is key and value, so a
+tile is fetched and dequantised once and used for both products. When tokens and heads alone do not fill the device,
+the tiles of a token are split over programs and a second kernel combines them.
+
+Floor of one token in one layer, n slots and h heads: 584 n + 2·1024 h bytes and 2·1024 n h operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import device
+from ...cache.layout import LATENT_DATA_BYTES, LATENT_DIM, LATENT_SCALE_BYTES, NOPE_DIM, SCALE_BLOCK
+from ...cache.stores import PackedLatentCache
+from .formats import INTERPRETED, fp8_to_fp32, to_bf16
+
+_LOG2_E = 1.4426950408889634
+_MAX_SPLITS = 32
+_TILES = 256  # tiles of a row that its length is read from in one load: 8192 slots of the 32-slot tile, 1 M tokens of c128
+
+_DATA_BYTES = tl.constexpr(LATENT_DATA_BYTES)
+_SCALE_BYTES = tl.constexpr(LATENT_SCALE_BYTES)
+_DIM = tl.constexpr(LATENT_DIM)
+_NOPE = tl.constexpr(NOPE_DIM)
+_BLOCK = tl.constexpr(SCALE_BLOCK)
+_LOG2E = tl.constexpr(_LOG2_E)
+_BLOCKS = tl.constexpr(LATENT_DIM // SCALE_BLOCK)
+_DOT = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)  # the interpreter cannot multiply bf16
+_NONE = tl.constexpr(-1e30)  # below every logit, and finite, so that differences of it are
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Heads and slots a program works on at once, and how it is compiled."""
+
+    heads: int
+    slots: int
+    warps: int
+    stages: int = 1
+    workgroups: int = 2
+    """Programs a compute unit holds: what the split count fills."""
+
+
+# (architecture prefix, most heads a rank) -> tile; the first row that fits is taken.
+_TILE_TABLE: tuple[tuple[str, int, Tile], ...] = (
+    ("gfx", 16, Tile(16, 32, 4)),
+    ("gfx", 128, Tile(32, 32, 4)),
+    ("sm_", 16, Tile(16, 32, 4)),
+    ("sm_", 128, Tile(64, 32, 4)),
+    ("cpu", 128, Tile(16, 32, 1)),
+)
+_COMPUTE_UNITS = {"gfx950": 256, "gfx942": 304, "sm_90": 132}
+
+
+def _tile(heads: int) -> Tile:
+    arch = device.arch()
+    return next((tile for prefix, most, tile in _TILE_TABLE if arch.startswith(prefix) and heads <= most),
+                Tile(16, 32, 4))
+
+
+def _compute_units(tensor: Tensor) -> int:
+    if tensor.is_cuda:
+        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return _COMPUTE_UNITS.get(device.arch(), 2)
+
+
+def split_count(tokens: int, head_blocks: int, tiles: int, programs: int) -> int:
+    """Programs that share one token's tiles: a power of two, rounded down, so that the grid does not overflow.
+
+    `programs` is what the device holds at once. A split is at least one tile, and there are at most 32.
+    """
+    room = min(programs // max(tokens * head_blocks, 1), tiles, _MAX_SPLITS)
+    return 1 << (max(room, 1).bit_length() - 1)
+
+
+@triton.jit
+def _latent_block(data, exponents, present, block: tl.constexpr):
+    """Channels 64·block .. 64·block+63 of a tile of latents [slots, 64]; absent ones are 0.
+
+    `data` [slots] points at the latents' bytes, `exponents` int64 [slots] holds their scale bytes.
+    """
+    columns = tl.arange(0, _BLOCK)[None, :]
+    if block * _BLOCK < _NOPE:
+        raw = tl.load(data[:, None] + (block * _BLOCK + columns), mask=present[:, None], other=0)
+        byte = (exponents >> (8 * block)) & 0xFF
+        scale = (byte.to(tl.int32) << 23).to(tl.float32, bitcast=True)  # ue8m0: 2^(byte - 127)
+        return (fp8_to_fp32(raw) * scale[:, None]).to(_DOT)
+    rope = (data + _NOPE).to(tl.pointer_type(tl.bfloat16))[:, None] + columns
+    return tl.load(rope, mask=present[:, None], other=0.0).to(tl.float32).to(_DOT)
+
+
+@triton.jit
+def _row_tiles(slots_ptr, count, BLOCK_K: tl.constexpr, TILES: tl.constexpr):
+    """Tiles of a slot list whose first slot is there; what is absent comes last."""
+    first = tl.arange(0, TILES) * BLOCK_K
+    slots = tl.load(slots_ptr + first, mask=first < count, other=-1)
+    return tl.sum((slots >= 0).to(tl.int32))
+
+
+@triton.jit
+def _rounded(x, BF16: tl.constexpr):
+    return to_bf16(x) if BF16 else x
+
+
+@triton.jit
+def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, window_ptr, window_slots_ptr, compressed_ptr, compressed_slots_ptr,
+            window_count, compressed_count, window_page_bytes, compressed_page_bytes, heads, scale_log2,
+            WINDOW_PAGE: tl.constexpr, COMPRESSED_PAGE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+            SPLITS: tl.constexpr, TILES: tl.constexpr):
+    """One split of BLOCK_H heads of one token: the output, or its part and base-2 log-sum-exp when SPLITS > 1."""
+    token, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    live = head < heads
+    window_slots_ptr += token * window_count
+    compressed_slots_ptr += token * compressed_count
+    window_tiles = tl.cdiv(window_count, BLOCK_K)
+    tiles = window_tiles + _row_tiles(compressed_slots_ptr, compressed_count, BLOCK_K, TILES)
+    share = tl.cdiv(tiles, SPLITS)
+    start, end = split * share, tl.minimum(split * share + share, tiles)
+    row = (token * heads + head) * SPLITS + split
+    if SPLITS > 1:
+        if start >= end:
+            tl.store(lse_ptr + row, tl.full([BLOCK_H], float("-inf"), tl.float32), mask=live)
+            return
+
+    column = tl.arange(0, _BLOCK)[None, :]
+    q_row = q_ptr + (token * heads + head)[:, None] * _DIM + column
+    q, o = (), ()
+    for block in tl.static_range(_BLOCKS):
+        q = q + (tl.load(q_row + block * _BLOCK, mask=live[:, None], other=0.0).to(tl.float32).to(_DOT),)
+        o = o + (tl.zeros([BLOCK_H, _BLOCK], tl.float32),)
+    amax = tl.full([BLOCK_H], _NONE, tl.float32)
+    total = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
+
+    for tile in range(start, end):
+        in_window = tile < window_tiles
+        at = (tile - tl.where(in_window, 0, window_tiles)) * BLOCK_K + tl.arange(0, BLOCK_K)
+        slots_ptr = tl.where(in_window, window_slots_ptr, compressed_slots_ptr)
+        slot = tl.load(slots_ptr + at, mask=at < tl.where(in_window, window_count, compressed_count), other=-1)
+        present = slot >= 0
+        slot = tl.maximum(slot, 0)
+        page_slots = tl.where(in_window, WINDOW_PAGE, COMPRESSED_PAGE)
+        page_bytes = tl.where(in_window, window_page_bytes, compressed_page_bytes)
+        page = tl.where(in_window, window_ptr, compressed_ptr) + slot // page_slots * page_bytes.to(tl.int64)
+        slot = slot % page_slots
+        data = tl.multiple_of(page + slot * _DATA_BYTES, 16)
+        exponents = tl.load((page + (page_slots * _DATA_BYTES + slot * _SCALE_BYTES)).to(tl.pointer_type(tl.int64)),
+                            mask=present, other=0)
+        latents = ()
+        logits = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
+        for block in tl.static_range(_BLOCKS):
+            latents = latents + (_latent_block(data, exponents, present, block),)
+            logits = tl.dot(q[block], tl.trans(latents[block]), logits, input_precision="ieee")
+        logits = tl.where(present[None, :], logits * scale_log2, float("-inf"))
+        new_amax = tl.maximum(amax, tl.max(logits, 1))
+        p = tl.exp2(logits - new_amax[:, None])
+        decay = tl.exp2(amax - new_amax)
+        total = total * decay[:, None] + p
+        updated = ()
+        for block in tl.static_range(_BLOCKS):
+            updated = updated + (tl.dot(p.to(_DOT), latents[block], o[block] * decay[:, None], input_precision="ieee"),)
+        o, amax = updated, new_amax
+
+    denominator = tl.sum(total, 1)
+    if SPLITS > 1:
+        some = tl.where(denominator > 0, denominator, 1.0)
+        tl.store(lse_ptr + row, tl.where(denominator > 0, amax + tl.log2(some), float("-inf")), mask=live)
+        part = 1.0 / some
+    else:
+        sink = tl.load(sink_ptr + head, mask=live, other=0.0) * _LOG2E
+        highest = tl.maximum(amax, sink)
+        weight = tl.exp2(amax - highest)
+        part = weight / (denominator * weight + tl.exp2(sink - highest))
+    out_row = out_ptr + row[:, None] * _DIM + column
+    for block in tl.static_range(_BLOCKS):
+        tl.store(out_row + block * _BLOCK, _rounded(o[block] * part[:, None], SPLITS == 1), mask=live[:, None])
+
+
+@triton.jit
+def _combine(part_ptr, lse_ptr, sink_ptr, out_ptr, heads, SPLITS: tl.constexpr):
+    """One head of one token from its splits and the sink; splits that did not run weigh nothing and are not read."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(0) % heads
+    lse = tl.load(lse_ptr + row * SPLITS + tl.arange(0, SPLITS))
+    sink = tl.load(sink_ptr + head) * _LOG2E
+    highest = tl.maximum(tl.max(lse, 0), sink)
+    denominator = tl.sum(tl.exp2(lse - highest), 0) + tl.exp2(sink - highest)
+    column = tl.arange(0, _DIM)
+    o = tl.zeros([_DIM], tl.float32)
+    for split in range(SPLITS):
+        part_lse = tl.load(lse_ptr + row * SPLITS + split)
+        written = tl.where(part_lse > float("-inf"), _DIM, 0)
+        part = tl.load(part_ptr + (row * SPLITS + split) * _DIM + column, mask=column < written, other=0.0)
+        o += part * tl.exp2(part_lse - highest)
+    tl.store(out_ptr + row * _DIM + column, to_bf16(o / denominator))
+
+
+def sparse_mla(q: Tensor, window_cache: PackedLatentCache, window: Tensor, compressed_cache: PackedLatentCache | None,
+               compressed: Tensor | None, sink: Tensor, softmax_scale: float) -> Tensor:
+    """The operator (ops/sparse_mla.py) for bf16 `q` and packed caches whose pages hold a power of two of slots.
+
+    In a row of `compressed` no slot follows a -1.
+    """
+    tokens, heads, _ = q.shape
+    if compressed is None or compressed.shape[1] == 0:
+        compressed_cache, compressed = window_cache, window[:, :0]
+    out = torch.empty_like(q)
+    if tokens == 0:
+        return out
+    tile = _tile(heads)
+    head_blocks = triton.cdiv(heads, tile.heads)
+    tiles = triton.cdiv(window.shape[1], tile.slots) + triton.cdiv(compressed.shape[1], tile.slots)
+    splits = split_count(tokens, head_blocks, tiles, _compute_units(q) * tile.workgroups)
+    part, lse = out, sink
+    if splits > 1:
+        part = q.new_empty(tokens, heads, splits, LATENT_DIM, dtype=torch.float32)
+        lse = q.new_empty(tokens, heads, splits, dtype=torch.float32)
+    _attend[(tokens, head_blocks, splits)](
+        q.contiguous(), part, lse, sink, window_cache.pages, window.contiguous(), compressed_cache.pages,
+        compressed.contiguous(), window.shape[1], compressed.shape[1], window_cache.pages.stride(0),
+        compressed_cache.pages.stride(0), heads, softmax_scale * _LOG2_E,
+        WINDOW_PAGE=window_cache.slots_per_page, COMPRESSED_PAGE=compressed_cache.slots_per_page, BLOCK_H=tile.heads,
+        BLOCK_K=tile.slots, SPLITS=splits,
+        TILES=max(_TILES, triton.next_power_of_2(triton.cdiv(compressed.shape[1], tile.slots))),
+        num_warps=tile.warps, num_stages=tile.stages)
+    if splits > 1:
+        _combine[(tokens * heads,)](part, lse, sink, out, heads, SPLITS=splits, num_warps=4)
+    return out

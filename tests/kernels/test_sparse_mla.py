@@ -1,0 +1,136 @@
+"""sparse_mla interpreted on the CPU against its reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsv4_plugin.cache.layout import latent_page_bytes
+from dsv4_plugin.cache.stores import PackedLatentCache
+from dsv4_plugin.kernels.triton import sparse_mla as kernel
+from dsv4_plugin.ops.sparse_mla import sparse_mla
+
+SCALE = 512**-0.5
+# Interpreted, the kernel multiplies in fp32 what the reference multiplies in fp32: they differ by the order of sums.
+# The output is then rounded to bf16, 8 bits, so two results on either side of a rounding border differ by 2^-8 of
+# their size.
+TOLERANCE = dict(rtol=2**-7, atol=1e-5)
+
+
+def latents(pages: int, slots_per_page: int, generator: torch.Generator, scale: float = 1.0) -> PackedLatentCache:
+    """A cache of random latents over poisoned bytes: page 0 and what no slot covers stay 0xFF, e4m3's NaN."""
+    raw = torch.full((pages, latent_page_bytes(slots_per_page)), 0xFF, dtype=torch.uint8)
+    cache = PackedLatentCache(raw, slots_per_page)
+    slots = torch.arange(slots_per_page, pages * slots_per_page)
+    cache.store(slots, torch.randn(len(slots), 512, generator=generator) * scale)
+    return cache
+
+
+def slot_list(tokens: int, width: int, lengths: list[int], cache: PackedLatentCache, generator: torch.Generator,
+              last: bool = False) -> torch.Tensor:
+    """int64 [tokens, width]: random slots of pages > 0, `lengths[t]` of them, absent ones last (or first)."""
+    first, most = cache.slots_per_page, cache.pages.shape[0] * cache.slots_per_page
+    slots = torch.randint(first, most, (tokens, width), generator=generator)
+    place = torch.arange(width)
+    for row, length in enumerate(lengths):
+        slots[row, place < width - length if last else place >= length] = -1
+    return slots
+
+
+def case(heads: int, window: list[int], compressed: list[int] | None, width: int = 0, ratio: int = 4, seed: int = 0,
+         q_scale: float = 1.0) -> tuple:
+    """Arguments of the operator: row t attends to `window[t]` and `compressed[t]` slots."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = len(window)
+    window_cache = latents(3, 256, generator)
+    q = (torch.randn(tokens, heads, 512, generator=generator) * q_scale).to(torch.bfloat16)
+    sink = torch.randn(heads, generator=generator)
+    slots = slot_list(tokens, 128, window, window_cache, generator, last=True)
+    if compressed is None:
+        return q, window_cache, slots, None, None, sink, SCALE
+    cache = latents(5 if ratio == 4 else 40, 256 // ratio, generator)
+    return q, window_cache, slots, cache, slot_list(tokens, width, compressed, cache, generator), sink, SCALE
+
+
+def finite_reference(arguments: tuple) -> torch.Tensor:
+    """The reference on caches whose poison is cleared: it multiplies absent latents by zero."""
+    q, window_cache, window, cache, slots, sink, scale = arguments
+    clean = [each and PackedLatentCache(each.pages.clone(), each.slots_per_page) for each in (window_cache, cache)]
+    for each in clean:
+        if each:
+            each.pages[0] = 0
+    return sparse_mla.reference(q, clean[0], window, clean[1], slots, sink, scale)
+
+
+def check(arguments: tuple) -> None:
+    torch.testing.assert_close(kernel.sparse_mla(*arguments), finite_reference(arguments), **TOLERANCE)
+
+
+@pytest.fixture(params=[1, 4], ids=["one pass", "4 splits"])
+def splits(request, monkeypatch) -> int:
+    """Each test runs in a single pass and with a token's tiles split over programs."""
+    monkeypatch.setattr(kernel, "split_count", lambda *shape: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("heads", [8, 16, 24])
+def test_heads(heads, splits):
+    check(case(heads, [128, 77], [96, 70], 96))
+
+
+def test_lengths(splits):
+    """Rows with nothing compressed, one entry, a full tile, one more, and an empty window."""
+    check(case(16, [1, 33, 128, 128, 0, 0], [0, 1, 32, 33, 5, 0], 64))
+
+
+def test_window_only(splits):
+    check(case(16, [3, 128], None))
+
+
+def test_two_slots_a_page(splits):
+    check(case(16, [128, 40], [64, 9], 64, ratio=128))
+
+
+def test_list_wider_than_any_row(splits):
+    """A list sized for the longest context, as in a captured graph: splits past a row's end write nothing."""
+    check(case(16, [128, 5], [40, 0], 1024, ratio=128))
+
+
+@pytest.mark.parametrize("q_scale", [0.0, 30.0, 2000.0])
+def test_extreme_logits(q_scale, splits):
+    """Logits of 0 and about ±1e2 and ±1e4, whose exponentials overflow without the running maximum."""
+    arguments = case(16, [128, 20], [40, 40], 64, q_scale=q_scale)
+    expected = finite_reference(arguments)
+    assert torch.isfinite(expected).all()
+    # A logit of 1e4 has an fp32 spacing of 1e-3, so exp carries a relative error of a few 1e-3.
+    torch.testing.assert_close(kernel.sparse_mla(*arguments), expected, rtol=2e-2, atol=2e-2 if q_scale > 1e3 else 1e-5)
+
+
+@pytest.mark.parametrize("sink", [-1e4, 0.0, 1e4])
+def test_sink(sink, splits):
+    """A sink that takes nothing, some, or everything."""
+    arguments = list(case(16, [128, 0], [40, 0], 64))
+    arguments[5] = torch.full((16,), sink)
+    check(tuple(arguments))
+
+
+def test_no_rows():
+    q, *rest = case(16, [128], [8], 32)
+    empty = (q[:0], rest[0], rest[1][:0], rest[2], rest[3][:0], *rest[4:])
+    assert kernel.sparse_mla(*empty).shape == (0, 16, 512)
+
+
+def test_small_scales(splits):
+    """Latents near zero, whose block scale is the smallest the quantiser gives."""
+    arguments = case(16, [100], [30], 32)
+    arguments[1].store(torch.arange(256, 768), torch.full((512, 512), 1e-6))
+    check(arguments)
+
+
+@pytest.mark.parametrize(("tokens", "blocks", "tiles", "programs", "splits"), [
+    (1, 1, 36, 512, 32), (4, 1, 36, 512, 32), (64, 1, 36, 512, 8), (100, 1, 36, 512, 4), (512, 1, 36, 512, 1),
+    (4096, 8, 36, 512, 1), (1, 1, 4, 512, 4), (1, 1, 3, 512, 2), (1, 1, 1, 512, 1), (0, 1, 4, 512, 4),
+])
+def test_split_count(tokens, blocks, tiles, programs, splits):
+    """A power of two, rounded down; no more than tiles, than 32, than what leaves the grid on the device at once."""
+    assert kernel.split_count(tokens, blocks, tiles, programs) == splits
