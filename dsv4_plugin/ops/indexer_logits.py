@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..cache.step_plan import StepPlan
-from ..cache.stores import SlotStore
-from .operator import operator
+from ..cache.stores import PackedIndexCache, SlotStore
+from .operator import Implementation, operator
 
 _MAX_SCORES = 1 << 25  # bounds the reference's largest temporary to 128 MiB
 
@@ -38,3 +38,16 @@ def indexer_logits(q: Tensor, weights: Tensor, cache: SlotStore, plan: StepPlan)
         logits[rows] = torch.einsum("tn,tne->te", weights[rows], scores[at])
     seen = torch.arange(entries, device=q.device) < plan.visible(4).unsqueeze(-1)
     return logits.masked_fill_(~seen, float("-inf"))
+
+
+def _needs_packed_fp8(q: Tensor, weights: Tensor, cache: SlotStore, plan: StepPlan) -> str | None:
+    if not isinstance(cache, PackedIndexCache):
+        return f"the index cache is a {type(cache).__name__}, not packed"
+    if q.dtype != torch.float8_e4m3fn:
+        return f"q is {q.dtype}, not float8_e4m3fn"
+    heads = q.shape[1]
+    return None if heads >= 16 and not heads & (heads - 1) else f"{heads} heads are not a power of two of at least 16"
+
+
+indexer_logits.add(Implementation("triton", "dsv4_plugin.kernels.triton.indexer_logits:indexer_logits",
+                                  packages=("triton",), requires=_needs_packed_fp8))
