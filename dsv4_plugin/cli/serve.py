@@ -57,7 +57,7 @@ def choices(arguments: argparse.Namespace) -> tuple[dict[str, str], list[str]]:
     environment["DSV4_DEVICE"] = "cpu"
     if arguments.tp > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = _cores_by_rank(arguments.tp)
-    added = ["--device", "cpu"]
+    added = ["--device", "cpu", "--sleep-on-idle"]
     if not any(word.split("=")[0] == "--max-total-tokens" for word in arguments.other):
         added += ["--max-total-tokens", str(CPU_POOL_TOKENS)]
     return environment, added

@@ -1,21 +1,24 @@
 """What is checked and set before any worker starts.
 
-`check_checkpoint` and `check_port` need no SGLang, so that `dsv4 serve` refuses in a second. `resolve` is called by the
-host while it resolves its arguments, however the server is started, and does the same checks there.
+`check_checkpoint` and `check_port` need no SGLang, so that `dsv4 serve` refuses in a second. However the server is
+started, the host calls `check_source` and `resolve` while it resolves its arguments in the main process.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .. import flags
 from ..checkpoint.files import CheckpointError, CheckpointFiles
-from ..config import ConfigError, Geometry
+from ..config import ARCHITECTURE, ConfigError, Geometry
+from ..ops.operator import SelectionError, configure
 from ..parallel import Group, Parallel, ParallelError
 from .refusal import refuse
 
@@ -84,10 +87,37 @@ def check_arguments(cfg: Any) -> None:
                           "--device cpu and DSV4_DEVICE=cpu, which `dsv4 serve MODEL --cpu` sets")
 
 
-def resolve(server_args: Any, hf_config: Any) -> dict[str, Any]:
-    """Called by the host for a DeepSeek-V4 model: refuses what cannot be served, returns the arguments we decide.
+def check_source(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Wraps the host's step that finds the model: refuses a DeepSeek-V4 model that cannot be served.
 
-    Runs in the main process after all plugins have loaded and before the workers start.
+    The first step that knows the model, and before the host parses its config.json.
+    """
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+
+    previous(server_args)
+    cfg = resolving_view(server_args)
+    if not _is_deepseek_v4(cfg.model_path):
+        return
+    try:
+        check_checkpoint(cfg.model_path, cfg.tp_size, cfg.ep_size)
+        if "sglang.srt.entrypoints.engine" not in sys.modules:  # an Engine in somebody's process binds no port
+            check_port(cfg.host, cfg.port)
+    except (ConfigError, CheckpointError, ParallelError, LaunchError) as error:
+        refuse(LaunchError(f"{error}. DSV4_PLUGIN=0 leaves the model to SGLang itself"))
+
+
+def _is_deepseek_v4(model_path: str) -> bool:
+    try:
+        config = json.loads((Path(model_path) / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and ARCHITECTURE in (config.get("architectures") or [])
+
+
+def resolve(server_args: Any, hf_config: Any) -> dict[str, Any]:
+    """Called by the host for a DeepSeek-V4 model: refuses arguments that cannot be served, returns those we decide.
+
+    All plugins have loaded by then, so this is where the main process verifies the ledger.
     """
     from sglang.srt.arg_groups.model_override_base import resolving_view
 
@@ -97,10 +127,8 @@ def resolve(server_args: Any, hf_config: Any) -> dict[str, Any]:
     try:
         verify("in the main process")
         check_arguments(cfg)
-        check_checkpoint(cfg.model_path, cfg.tp_size, cfg.ep_size)
-        if "sglang.srt.entrypoints.engine" not in sys.modules:  # an Engine in somebody's process binds no port
-            check_port(cfg.host, cfg.port)
-    except (ConfigError, CheckpointError, ParallelError, LaunchError, LedgerError, flags.FlagError) as error:
+        configure()
+    except (LaunchError, LedgerError, SelectionError, flags.FlagError) as error:
         refuse(error)
     return {} if cfg.device == "cpu" else _without_graphs(cfg)
 

@@ -7,10 +7,11 @@ stock server. So each seam says how it is verified, and `verify` is called where
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from sglang.srt.arg_groups import model_override_base
+from sglang.srt.arg_groups import model_override_base, resolution_hooks
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.mem_cache import kv_cache_configurator
 from sglang.srt.models.registry import ModelRegistry
@@ -20,7 +21,7 @@ from sglang.srt.platforms.interface import reject_out_of_tree_path
 from .. import flags
 from ..config import ARCHITECTURE
 from .backend import create_backend
-from .launch import resolve
+from .launch import check_source, resolve
 from .model import DeepseekV4ForCausalLM
 from .platform import CpuPlatform
 from .version import SUPPORTED
@@ -28,6 +29,7 @@ from .version import SUPPORTED
 logger = logging.getLogger(__name__)
 
 BACKEND = "dsv4"
+_SOURCE_STEP = "handle_model_source_paths"
 _POOL = "the DeepSeek-V4 KV pool"
 
 
@@ -37,28 +39,22 @@ class LedgerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Seam:
-    """One reach into the host."""
+    """One reach into the host: `value` is what we put there."""
 
     target: str
     why: str
     remove: str
     """What the host must offer for this record to go."""
     test: str
-    take: Callable[[], None]
-    holds: Callable[[], bool]
+    value: Any
+    """Kept here and not looked up by name: the host's hooks rewrite every module's name of what they replace."""
+    take: Callable[[Any], object]
+    found: Callable[[], Iterable[Any]]
+    """What the host has there now."""
     versions: str = str(SUPPORTED)
 
-
-def _take_model() -> None:
-    ModelRegistry.models[ARCHITECTURE] = DeepseekV4ForCausalLM
-
-
-def _take_backend() -> None:
-    ATTENTION_BACKENDS[BACKEND] = create_backend
-
-
-def _take_arguments() -> None:
-    model_override_base.register_model_override(ARCHITECTURE)(resolve)
+    def holds(self) -> bool:
+        return any(found is self.value for found in self.found())
 
 
 def _allow_pool_on_cpu(platform, *, subsystem: str) -> None:
@@ -68,34 +64,42 @@ def _allow_pool_on_cpu(platform, *, subsystem: str) -> None:
     reject_out_of_tree_path(platform, subsystem=subsystem)
 
 
-def _take_pool() -> None:
-    kv_cache_configurator.reject_out_of_tree_path = _allow_pool_on_cpu
-
-
 SEAMS: tuple[Seam, ...] = (
     Seam(
         target=f"sglang.srt.models.registry.ModelRegistry.models[{ARCHITECTURE!r}]",
         why="the host constructs our model for this architecture instead of its own",
         remove="never: this is the host's registry for it",
         test="tests/host/test_ledger.py",
-        take=_take_model,
-        holds=lambda: ModelRegistry.models.get(ARCHITECTURE) is DeepseekV4ForCausalLM,
+        value=DeepseekV4ForCausalLM,
+        take=lambda value: ModelRegistry.models.update({ARCHITECTURE: value}),
+        found=lambda: [ModelRegistry.models.get(ARCHITECTURE)],
     ),
     Seam(
         target=f"sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS[{BACKEND!r}]",
         why="the host forces this backend name for the architecture; ours builds the step plan our model reads",
         remove="the host lets a model name its own backend",
         test="tests/host/test_ledger.py",
-        take=_take_backend,
-        holds=lambda: ATTENTION_BACKENDS.get(BACKEND) is create_backend,
+        value=create_backend,
+        take=lambda value: ATTENTION_BACKENDS.update({BACKEND: value}),
+        found=lambda: [ATTENTION_BACKENDS.get(BACKEND)],
+    ),
+    Seam(
+        target=f"sglang.srt.arg_groups.resolution_hooks.register_resolution_hook({_SOURCE_STEP!r})",
+        why="checkpoint, layout and port are checked in the main process, before the host parses the config",
+        remove="never: this is the host's registry for it",
+        test="tests/host/test_wrong_input.py",
+        value=check_source,
+        take=lambda value: resolution_hooks.register_resolution_hook(_SOURCE_STEP)(value),
+        found=lambda: resolution_hooks._HOOKS.get(_SOURCE_STEP, ()),
     ),
     Seam(
         target=f"sglang.srt.arg_groups.model_override_base.register_model_override({ARCHITECTURE!r})",
-        why="checkpoint, arguments and layout are checked in the main process, before any worker starts",
+        why="arguments are checked in the main process, before any worker starts, and graphs are turned off",
         remove="never: this is the host's registry for it",
         test="tests/host/test_wrong_input.py",
-        take=_take_arguments,
-        holds=lambda: resolve in model_override_base._MODEL_OVERRIDE_FNS.get(ARCHITECTURE, ()),
+        value=resolve,
+        take=lambda value: model_override_base.register_model_override(ARCHITECTURE)(value),
+        found=lambda: model_override_base._MODEL_OVERRIDE_FNS.get(ARCHITECTURE, ()),
     ),
 )
 
@@ -104,9 +108,10 @@ CPU_SEAMS: tuple[Seam, ...] = (
         target="sglang.srt.mem_cache.kv_cache_configurator.reject_out_of_tree_path",
         why="the host refuses its DeepSeek-V4 pool on every out-of-tree platform, though it is plain torch",
         remove="SRTPlatform.get_kv_pool_cls takes kind='dsv4'",
-        test="tests/host/test_server.py",
-        take=_take_pool,
-        holds=lambda: kv_cache_configurator.reject_out_of_tree_path is _allow_pool_on_cpu,
+        test="tests/host/test_ledger.py",
+        value=_allow_pool_on_cpu,
+        take=lambda value: setattr(kv_cache_configurator, "reject_out_of_tree_path", value),
+        found=lambda: [kv_cache_configurator.reject_out_of_tree_path],
     ),
 )
 
@@ -119,7 +124,7 @@ def seams() -> tuple[Seam, ...]:
 def take() -> None:
     """Takes every seam of this process and verifies it."""
     for seam in seams():
-        seam.take()
+        seam.take(seam.value)
     verify("after loading")
 
 

@@ -19,6 +19,7 @@ from ..checkpoint.files import SINGLE, CheckpointFiles
 from ..checkpoint.load import Loader
 from ..config import Geometry
 from ..model import DeepseekV4
+from ..ops.operator import configure
 from .parallel import host_parallel
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class DeepseekV4ForCausalLM(nn.Module):
         from .ledger import verify
 
         verify("while the model is built")
+        configure()
         directory = model_directory(get_model().model_path)
         geometry, precision, parallel = Geometry.from_dir(directory), flags.precision(), host_parallel()
         parallel.check(geometry)

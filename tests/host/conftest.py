@@ -1,0 +1,19 @@
+"""Fixtures for the tests of the host floor."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `live_server`: pytest's importlib mode adds no directory
+
+
+@pytest.fixture(scope="session")
+def golden_sequences(golden):
+    """(token ids, positions, log-softmax of the exact logits at them) of each golden sequence."""
+    import torch
+
+    return [(golden[f"input_ids_{k}"].tolist(), golden[f"positions_{k}"],
+             torch.log_softmax(golden[f"logits_{k}"].double(), -1)) for k in range(3)]

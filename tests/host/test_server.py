@@ -1,0 +1,82 @@
+"""The exact server against the golden logits: chunked prefill, prefix hits, concurrency, retraction, tensor parallelism."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from live_server import input_logprobs, output_ids, output_logprobs, serving
+
+# Two fp32 implementations of the model differ by 2.4e-6 mean and 1.5e-5 at most on this set (its README); ten times
+# that leaves room for other summation orders, and the smallest of the README's mistakes is 2.4e-2.
+GOLDEN_MEAN = 3e-5
+SAME_MAX = 2e-4
+"""Largest difference of a log-probability between two exact runs that batch the same tokens differently."""
+
+
+@pytest.fixture(scope="module", params=[
+    # Chunks that start inside windows of 128 and 4 tokens, and a pool too small for what runs at once.
+    pytest.param(("--chunked-prefill-size", "256", "--max-total-tokens", "2304", "--swa-full-tokens-ratio", "0.5",
+                  "--schedule-conservativeness", "0.01"), id="chunks-and-retraction"),
+    pytest.param(("--tp", "2", "--disable-radix-cache"), id="tp2-no-radix"),
+])
+def server(request, golden_dir, tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(golden_dir, log, *request.param, DSV4_PRECISION="exact") as running:
+        running.small_pool = "--max-total-tokens" in request.param
+        running.radix = "--disable-radix-cache" not in request.param
+        yield running
+
+
+def differences(one, other):
+    assert len(one) == len(other) and len(one) > 0
+    return (torch.tensor(one, dtype=torch.float64) - torch.tensor(other, dtype=torch.float64)).abs()
+
+
+@pytest.fixture(scope="module")
+def scored(server, golden_sequences):
+    """Every golden sequence scored alone, from an empty cache."""
+    server.flush()
+    return [server.generate(ids) for ids, _, _ in golden_sequences]
+
+
+def test_logprobs_equal_the_golden_set(scored, golden_sequences):
+    for reply, (ids, positions, logprobs) in zip(scored, golden_sequences):
+        found = input_logprobs(reply)
+        rows = [row for row, position in enumerate(positions.tolist()) if position + 1 < len(ids)]
+        expected = [logprobs[row, ids[int(positions[row]) + 1]].item() for row in rows]
+        assert differences([found[int(positions[row])] for row in rows], expected).mean() < GOLDEN_MEAN
+        assert output_ids(reply) == [int(logprobs[-1].argmax())]
+
+
+def test_prefix_hit_changes_nothing(server, scored, golden_sequences):
+    ids = golden_sequences[0][0]
+    first = server.generate(ids, logprob_start=600)
+    again = server.generate(ids, logprob_start=600)
+    if server.radix:
+        assert again["meta_info"]["cached_tokens"] == 512  # the largest multiple of 256 below 700
+    for reply in (first, again):
+        tail = input_logprobs(reply)
+        assert differences(tail, input_logprobs(scored[0])[-len(tail):]).max() < SAME_MAX
+
+
+def test_requests_do_not_change_one_another(server, scored, golden_sequences):
+    server.flush()
+    jobs = [0, 1, 2, 2, 1, 0]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        replies = list(pool.map(lambda k: server.generate(golden_sequences[k][0]), jobs))
+    for k, reply in zip(jobs, replies):
+        assert differences(input_logprobs(reply), input_logprobs(scored[k])).max() < SAME_MAX
+
+
+def test_decoding_equals_scoring(server, golden_sequences):
+    """Three requests decode together across page borders; with the small pool some are retracted and start over."""
+    prompts = [ids[:length] for (ids, _, _), length in zip(golden_sequences, (480, 333, 120))]
+    with ThreadPoolExecutor(3) as pool:
+        replies = list(pool.map(lambda ids: server.generate(ids, new_tokens=200, logprob_start=-1), prompts))
+    for ids, reply in zip(prompts, replies):
+        again = server.generate(ids + output_ids(reply), logprob_start=len(ids) - 1)
+        assert differences(output_logprobs(reply), input_logprobs(again)[-200:]).max() < SAME_MAX
+    if server.small_pool:
+        assert "Retract requests" in server.log.read_text()
