@@ -12,9 +12,10 @@ _MAX_GATHERED = 1 << 24  # bounds the reference's gathered latents to 64 MiB
 
 
 def _load_once(cache: SlotStore, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """(latents [n, 512] of the distinct `slots`, row of each slot in them): shared keys are decoded once."""
+    """(latents [n, 512] of the distinct `slots`, 0 for -1, row of each slot in them): shared keys are decoded once."""
     distinct, row = slots.unique(return_inverse=True)
-    return cache.load(distinct), row
+    # Not what slot 0 holds: a NaN there, times a weight of 0, would reach every row with a hole.
+    return cache.load(distinct).masked_fill_((distinct < 0).unsqueeze(-1), 0.0), row
 
 
 @operator

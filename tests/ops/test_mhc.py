@@ -70,13 +70,13 @@ def test_head():
         np.testing.assert_allclose(got[t].double().numpy(), sum(pre[j] * h[t, j] for j in range(4)), atol=3e-6)
 
 
-@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
-def test_sinkhorn_is_doubly_stochastic(spread):
+@pytest.mark.parametrize("spread, rows", [(0.1, 1e-5), (1.0, 1e-3)])
+def test_sinkhorn_is_doubly_stochastic(spread, rows):
     c = sinkhorn(torch.randn(200, 4, 4) * spread, 20, EPS)
     assert (c > 0).all()
-    # Columns are divided last: 1 to eps. Rows converge; 20 iterations of 4x4 leave them slower the wider the logits.
+    # Columns are divided last: 1 to eps. Rows converge; the wider the logits the slower.
     torch.testing.assert_close(c.sum(-2), torch.ones(200, 4), rtol=0, atol=5e-6)
-    assert (c.sum(-1) - 1).abs().max() < {0.1: 1e-5, 1.0: 1e-3, 5.0: 0.5}[spread]
+    assert (c.sum(-1) - 1).abs().max() < rows
     assert (c.sum((-2, -1)) - 4).abs().max() < 2e-5
 
 

@@ -40,8 +40,8 @@ def test_shared_expert_is_clamped(limit):
     assert ((x @ w1.T).abs() > limit).any() and ((x @ w3.T).abs() > limit).any()
     want = naive(x, w1, w2, w3, limit)
     got = shared_expert.reference(x, w1, None, w2, None, w3, None, limit)
-    # Sums of 256 fp32 products; at a clamp of 10 terms reach 100.
-    np.testing.assert_allclose(got.double().numpy(), want, atol=1e-6 * np.abs(want).max())
+    # Gate and up are fp32 sums of 128 products near 4, whose errors near 4e-6 pass through a sum of 256.
+    np.testing.assert_allclose(got.double().numpy(), want, atol=5e-6 * np.abs(want).max())
     unclamped = naive(x, w1, w2, w3, 1e9)
     assert np.abs(want - unclamped).max() > 1.0  # the clamp matters on these inputs
 
