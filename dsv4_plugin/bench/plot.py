@@ -43,7 +43,7 @@ def draw(curves: Sequence[Curve], limit: Limit | None = None) -> Figure:
     concurrencies, written where there is room.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(10, 8.6 if limit else 6.4), dpi=150, layout="constrained")
     if limit:
@@ -58,10 +58,12 @@ def draw(curves: Sequence[Curve], limit: Limit | None = None) -> Figure:
         _draw_curve(axes, curve, colour, marker)
         if lower is not None and limit is not None:
             _draw_fractions(lower, curve, limit, colour, marker)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    lowest, highest = (pick(p.tput_per_gpu for curve in curves for p in curve.points) for pick in (min, max))
+    if limit or highest > 10 * lowest:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.set_ylabel("throughput per GPU, input + output (tokens/s/GPU)")
     axes.grid(True, which="major", color="0.88", linewidth=0.8)
     axes.grid(True, which="minor", axis="y", color="0.95", linewidth=0.5)
@@ -83,7 +85,7 @@ def _colours(count: int) -> list[tuple[float, ...]]:
     from matplotlib import colormaps
 
     # Viridis reads in order of date for every kind of colour vision; its bright end is too faint on white.
-    return [tuple(colormaps["viridis"](position)) for position in np.linspace(0.8, 0.0, count)]
+    return [tuple(colormaps["viridis"](position)) for position in np.linspace(0.0, 0.8, count)[::-1]]
 
 
 def _draw_curve(axes: Axes, curve: Curve, colour: tuple[float, ...], marker: str) -> None:
@@ -139,4 +141,4 @@ def _title(curves: Sequence[Curve]) -> str:
         return " / ".join(dict.fromkeys(str(getattr(curve, attribute)) for curve in curves))
 
     models = " / ".join(dict.fromkeys(curve.model.rstrip("/").split("/")[-1] for curve in curves if curve.model))
-    return f"{models} on {of('hardware')}, {of('gpus')} GPUs, {curves[0].isl} tokens in / {curves[0].osl} out"
+    return f"{models} on {of('gpus')} × {of('hardware')}, {curves[0].isl} tokens in / {curves[0].osl} out"

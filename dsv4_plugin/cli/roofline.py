@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..bench.fit import Fit
+    from ..bench.hardware import Hardware
     from ..bench.limit import LimitPoint
     from ..bench.roofline import Step
+    from ..config import Geometry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="pro", help="pro, flash, or a config.json or its directory (default: %(default)s)")
+    parser.add_argument("--model", default="pro",
+                        help="pro, flash, or a config.json or its directory (default: %(default)s)")
     parser.add_argument("--gpu", default="MI355X", help="GPU of bench/hardware.yaml (default: %(default)s)")
-    parser.add_argument("--layout", default="tp8", help="tp8, dp8, dp8-ep8, dp4/8 for 4 attention groups on 8 GPUs (default: %(default)s)")
+    parser.add_argument("--layout", default="tp8",
+                        help="tp8, dp8, dp8-ep8, or dp4/8: 4 attention groups on 8 GPUs (default: %(default)s)")
     parser.add_argument("--batch", type=_counts, default=(1, 8, 32, 128, 512), metavar="A,B,...",
                         help="requests in a decode step, prompts in a prefill step (default: 1,8,32,128,512)")
-    parser.add_argument("--context", type=_counts, default=(8192,), metavar="A,B,...", help="tokens of each request (default: 8192)")
+    parser.add_argument("--context", type=_counts, default=(8192,), metavar="A,B,...",
+                        help="tokens of each request (default: 8192)")
     parser.add_argument("--prefill", action="store_true", help="a prefill step instead of a decode step")
-    parser.add_argument("--index-dtype", choices=("fp8", "fp4"), default="fp8", help="the indexer's cached keys (default: %(default)s)")
+    parser.add_argument("--index-dtype", choices=("fp8", "fp4"), default="fp8",
+                        help="the indexer's cached keys (default: %(default)s)")
     parser.add_argument("--workload", type=_workload, default=(8192, 1024), metavar="IN/OUT",
-                        help="nominal tokens of the best possible curve; lengths vary by 0.8 to 1 of them (default: 8192/1024)")
+                        help="nominal tokens of the best possible curve; lengths are 0.8 to 1 of them "
+                             "(default: 8192/1024)")
     parser.add_argument("--what-if", default="", metavar="NAME=X,...",
-                        help="assume fractions of the peaks, or launch_us: bandwidth, compute, link, weights, caches, activations, prefill")
-    parser.add_argument("--fit", action="store_true", help="also fit launch cost and efficiencies to the published curves")
+                        help="assume launch_us, or fractions of the peaks: bandwidth, compute, link, weights, caches, "
+                             "activations, prefill")
+    parser.add_argument("--fit", action="store_true",
+                        help="also fit launch cost and efficiencies to the published curves")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
@@ -61,8 +72,9 @@ def _figures(arguments: argparse.Namespace) -> dict[str, Any]:
     layout = roofline.Layout.parse(arguments.layout)
     efficiency = assumptions.parse(arguments.what_if)
     make = roofline.prefill_step if arguments.prefill else roofline.decode_step
+    shapes = [(context, batch) for context in arguments.context for batch in arguments.batch]
     steps = [make(geometry, hardware, layout, batch, context, arguments.index_dtype).under(efficiency)
-             for context in arguments.context for batch in arguments.batch]
+             for context, batch in shapes]
     points = limit.limit_points(geometry, hardware, [layout], limit.Workload.nominal(*arguments.workload),
                                 efficiency=efficiency, index_dtype=arguments.index_dtype)
     holdings = weights.holdings(geometry)
@@ -74,44 +86,56 @@ def _figures(arguments: argparse.Namespace) -> dict[str, Any]:
         "checkpoint_bytes": sum(holding.bytes for holding in holdings),
         "bytes_by_group": weights.component_bytes(geometry),
         "resident_bytes_per_gpu": roofline.resident(geometry, layout),
-        "largest_batch": {str(context): roofline.largest_batch(geometry, hardware, layout, context, arguments.index_dtype)
-                          for context in arguments.context},
-        "steps": [_step(step, batch) for step, batch in
-                  zip(steps, [batch for _ in arguments.context for batch in arguments.batch])],
-        "curve": {"workload": "/".join(map(str, arguments.workload)), "points": [_limit_point(point) for point in points]},
+        "largest_batch": {
+            str(context): roofline.largest_batch(geometry, hardware, layout, context, arguments.index_dtype)
+            for context in arguments.context},
+        "steps": [_step(step, batch) for step, (_, batch) in zip(steps, shapes)],
+        "curve": {"workload": "/".join(map(str, arguments.workload)), "points": list(map(_limit_point, points))},
         **({"fits": _fits(geometry, hardware, arguments.model)} if arguments.fit else {}),
     }
 
 
 def _step(step: Step, batch: int) -> dict[str, Any]:
-    flops = sum(sum(component.flops.values()) for component in step.components)
     return {
-        "phase": "prefill" if step.prefill else "decode", "batch": batch, "context": step.context, "seconds": step.seconds,
-        "memory_seconds": step.memory_seconds, "bytes": sum(component.bytes for component in step.components), "flops": flops,
-        "seconds_by_kind": step.by_kind(),
-        "components": [{"name": c.name, "kind": c.kind, "bytes": c.bytes, "flops": dict(c.flops), "link_bytes": c.link_bytes,
-                        "launches": c.launches, "seconds": c.seconds(step.hardware, step.efficiency)} for c in step.components],
+        "phase": "prefill" if step.prefill else "decode", "batch": batch, "context": step.context,
+        "seconds": step.seconds, "memory_seconds": step.memory_seconds, "seconds_by_kind": step.by_kind(),
+        "bytes": sum(component.bytes for component in step.components),
+        "flops": sum(sum(component.flops.values()) for component in step.components),
+        "components": [
+            {"name": c.name, "kind": c.kind, "bytes": c.bytes, "flops": dict(c.flops), "link_bytes": c.link_bytes,
+             "launches": c.launches, "seconds": c.seconds(step.hardware, step.efficiency)}
+            for c in step.components],
     }
 
 
 def _limit_point(point: LimitPoint) -> dict[str, Any]:
-    return {"conc": point.concurrency, "intvty": point.intvty, "tput_per_gpu": point.tput_per_gpu, "tpot_seconds": point.tpot,
-            "prefill_seconds": point.prefill_seconds, "decode_seconds": point.decode.seconds}
+    return {"conc": point.concurrency, "intvty": point.intvty, "tput_per_gpu": point.tput_per_gpu,
+            "tpot_seconds": point.tpot, "prefill_seconds": point.prefill_seconds,
+            "decode_seconds": point.decode.seconds}
 
 
-def _fits(geometry, hardware, model: str) -> list[dict[str, Any]]:
+def _fits(geometry: Geometry, hardware: Hardware, model: str) -> list[dict[str, Any]]:
     from ..bench.curves import load_published
     from ..bench.fit import fit_curve
     from ..bench.roofline import LayoutError
 
     published = load_published()
     if hardware.name != published.curves[0].hardware or model != "pro":
-        raise LayoutError(f"--fit: the published curves are of pro on {published.curves[0].hardware}, not of {model} on {hardware.name}")
-    return [{"date": fit.curve.date, "launch_seconds": fit.launch, "decode_efficiency": fit.decode_efficiency,
-             "prefill_efficiency": fit.prefill_efficiency if fit.prefill_resolved else None, "worst_error": fit.worst_error,
-             "points": [{"conc": p.point.concurrency, "layout": p.point.layout, "fraction_of_limit": p.fraction, "fitted": p.fitted,
-                         "shares": p.shares} for p in fit.points]}
-            for fit in (fit_curve(curve, geometry, hardware) for curve in published.curves)]
+        raise LayoutError(f"--fit: the published curves are of pro on {published.curves[0].hardware}, "
+                          f"not of {model} on {hardware.name}")
+    return [_fit(fit_curve(curve, geometry, hardware)) for curve in published.curves]
+
+
+def _fit(fit: Fit) -> dict[str, Any]:
+    return {
+        "date": fit.curve.date, "launch_seconds": fit.launch, "decode_efficiency": fit.decode_efficiency,
+        "prefill_efficiency": fit.prefill_efficiency if fit.prefill_resolved else None,
+        "worst_error": fit.worst_error,
+        "points": [
+            {"conc": each.point.concurrency, "layout": each.point.layout, "fraction_of_limit": each.fraction,
+             "fitted": each.fitted, "shares": each.shares}
+            for each in fit.points],
+    }
 
 
 def _print(figures: dict[str, Any]) -> None:
@@ -122,33 +146,47 @@ def _print(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-
-    def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-        shown = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    console.print(_heading(figures), highlight=False, soft_wrap=True)
+    for title, columns, rows in _tables(figures):
+        table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
         for index, column in enumerate(columns):
-            shown.add_column(column, justify="right" if index else "left")
+            table.add_column(column, justify="right" if index else "left")
         for row in rows:
-            shown.add_row(*row)
-        console.print(shown)
+            table.add_row(*row)
+        console.print(table)
 
-    console.print(f"{figures['model']} on {figures['layout']} of {figures['gpu']}: {figures['parameters'] / 1e9:.1f} B parameters "
-                  f"(+{figures['mtp_parameters'] / 1e9:.1f} B MTP), {figures['resident_bytes_per_gpu'] / 1e9:.1f} GB of weights per GPU, "
-                  f"{figures['assumed_launch_seconds'] * 1e6:g} µs assumed per dependent kernel"
-                  + (f"; what if {figures['what_if']}" if figures["what_if"] else ""), highlight=False, soft_wrap=True)
-    kinds = list(figures["steps"][0]["seconds_by_kind"])
-    table(f"Lower bound of one {figures['steps'][0]['phase']} step, ms", ["batch", "context", *kinds, "total", "memory alone"],
-          [[f"{s['batch']}", f"{s['context']}", *(f"{1e3 * s['seconds_by_kind'][kind]:.2f}" for kind in kinds), f"{1e3 * s['seconds']:.2f}",
-            f"{1e3 * s['memory_seconds']:.2f}"] for s in figures["steps"]])
-    last = figures["steps"][-1]
-    table(f"Components at batch {last['batch']}, context {last['context']}, per GPU",
-          ["component", "kind", "MB", "GFLOP", "MB sent", "kernels", "ms", "share"],
-          [[c["name"], c["kind"], f"{c['bytes'] / 1e6:,.1f}", f"{sum(c['flops'].values()) / 1e9:,.2f}", f"{c['link_bytes'] / 1e6:,.1f}",
-            str(c["launches"]), f"{1e3 * c['seconds']:.3f}", f"{100 * c['seconds'] / last['seconds']:.1f} %"] for c in last["components"]])
-    curve = figures["curve"]
-    table(f"Best possible curve, {curve['workload']} tokens in/out", ["concurrency", "tokens/s/user", "tokens/s/GPU", "TPOT ms"],
-          [[str(p["conc"]), f"{p['intvty']:.1f}", f"{p['tput_per_gpu']:,.0f}", f"{1e3 * p['tpot_seconds']:.2f}"] for p in curve["points"]])
+
+def _heading(figures: dict[str, Any]) -> str:
+    text = (f"{figures['model']} on {figures['layout']} of {figures['gpu']}: "
+            f"{figures['parameters'] / 1e9:.1f} B parameters (+{figures['mtp_parameters'] / 1e9:.1f} B MTP), "
+            f"{figures['resident_bytes_per_gpu'] / 1e9:.1f} GB of weights per GPU, "
+            f"{figures['assumed_launch_seconds'] * 1e6:g} µs assumed per dependent kernel")
+    return text + (f"; what if {figures['what_if']}" if figures["what_if"] else "")
+
+
+def _tables(figures: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """(title, columns, rows) of everything that is printed."""
+    steps, last, curve = figures["steps"], figures["steps"][-1], figures["curve"]
+    kinds = list(last["seconds_by_kind"])
+    yield (f"Lower bound of one {last['phase']} step, ms", ["batch", "context", *kinds, "total", "memory alone"],
+           [[str(s["batch"]), str(s["context"]), *(_ms(s["seconds_by_kind"][kind]) for kind in kinds),
+             _ms(s["seconds"]), _ms(s["memory_seconds"])] for s in steps])
+    yield (f"Components at batch {last['batch']}, context {last['context']}, per GPU",
+           ["component", "kind", "MB", "GFLOP", "MB sent", "kernels", "ms", "share"],
+           [[c["name"], c["kind"], f"{c['bytes'] / 1e6:,.1f}", f"{sum(c['flops'].values()) / 1e9:,.2f}",
+             f"{c['link_bytes'] / 1e6:,.1f}", str(c["launches"]), _ms(c["seconds"], 3),
+             f"{100 * c['seconds'] / last['seconds']:.1f} %"] for c in last["components"]])
+    yield (f"Best possible curve, {curve['workload']} tokens in/out",
+           ["concurrency", "tokens/s/user", "tokens/s/GPU", "TPOT ms"],
+           [[str(p["conc"]), f"{p['intvty']:.1f}", f"{p['tput_per_gpu']:,.0f}", _ms(p["tpot_seconds"])]
+            for p in curve["points"]])
     if "fits" in figures:
-        table("What the published curves imply", ["date", "µs per kernel", "decode efficiency", "prefill efficiency", "worst error"],
-              [[f["date"], f"{1e6 * f['launch_seconds']:.1f}", f"{100 * f['decode_efficiency']:.1f} %",
-                "not resolved" if f["prefill_efficiency"] is None else f"{100 * f['prefill_efficiency']:.1f} %",
-                f"{100 * f['worst_error']:.0f} %"] for f in figures["fits"]])
+        yield ("What the published curves imply",
+               ["date", "µs per kernel", "decode efficiency", "prefill efficiency", "worst error"],
+               [[f["date"], f"{1e6 * f['launch_seconds']:.1f}", f"{100 * f['decode_efficiency']:.1f} %",
+                 "not resolved" if f["prefill_efficiency"] is None else f"{100 * f['prefill_efficiency']:.1f} %",
+                 f"{100 * f['worst_error']:.0f} %"] for f in figures["fits"]])
+
+
+def _ms(seconds: float, digits: int = 2) -> str:
+    return f"{1e3 * seconds:.{digits}f}"
