@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .operator import operator
+from .operator import Implementation, operator
 
 
 @operator
@@ -27,3 +27,6 @@ def topk_select(logits: Tensor, visible: Tensor, topk: int) -> Tensor:
     chosen = above | (tied & (tied.cumsum(-1) <= topk - above.sum(-1, keepdim=True)))
     numbers = torch.where(chosen & seen, number, entries).topk(topk, -1, largest=False, sorted=True).values
     return numbers.masked_fill(numbers == entries, -1)
+
+
+topk_select.add(Implementation("triton", "dsv4_plugin.kernels.triton.topk_select:topk_select", packages=("triton",)))
