@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..cache.layout import PAGE_TOKENS, request_ring_row, window_ring_row
 from ..cache.step_plan import RING_ROWS, WINDOW, Compression, StepPlan, static_windows
-from .operator import operator
+from .operator import Implementation, operator
 
 
 @operator
@@ -94,3 +94,7 @@ class _Steps:
         if ratio == 4:
             return (self.position >= whole - 4) | (self.position % PAGE_TOKENS >= PAGE_TOKENS - 4)
         return self.position >= whole
+
+
+build_step_plan.add(Implementation("triton", "dsv4_plugin.kernels.triton.step_plan:build_step_plan",
+                                   packages=("triton",)))
