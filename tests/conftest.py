@@ -43,5 +43,5 @@ def tiny_dir(tmp_path_factory) -> Path:
     from dsv4_plugin.checkpoint.tiny import tiny_config, write_tiny
 
     directory = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    write_tiny(directory, tiny_config(hidden=128, intermediate=256), seed=1, shard_bytes=3_000_000)
+    write_tiny(directory, tiny_config(hidden=128), seed=1, shard_bytes=3_000_000)
     return directory

@@ -26,7 +26,7 @@ FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_c
 
 
 def tiny_config(layers: int = 6, hidden: int = 256, experts: int = 8, experts_per_token: int = 3, heads: int = 8,
-                o_groups: int = 4, intermediate: int = 512, index_topk: int = 64, expert_dtype: str = "fp4",
+                o_groups: int = 4, intermediate: int = 256, index_topk: int = 64, expert_dtype: str = "fp4",
                 compress_ratios: Sequence[int] | None = None, mtp_blocks: int = 1, max_length: int = 65536) -> dict[str, Any]:
     """config.json of a small model in the released fields.
 

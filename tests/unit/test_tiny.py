@@ -63,7 +63,7 @@ def test_shards_hold_the_same_tensors(tmp_path):
 
 @pytest.fixture(scope="module")
 def tensors():
-    config = tiny_config(layers=4, hidden=128, intermediate=256)
+    config = tiny_config(layers=4, hidden=128)
     return dict(tiny.random_tensors(Geometry.from_config(config), seed=0))
 
 
