@@ -66,7 +66,7 @@ class PackedIndexCache:
         at = self._at(slots)
         keys, scale = quantize_fp8(values, INDEX_DIM)
         self._keys[at] = keys.view(torch.uint8)
-        self._scale[at] = scale.view(torch.uint8)
+        self._scale[at] = scale.flatten().view(torch.uint8).view(slots.shape[0], 4)
 
     def load(self, slots: Tensor) -> Tensor:
         at = self._at(slots)

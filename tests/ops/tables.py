@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import dataclass
 
@@ -46,6 +47,12 @@ class Tables:
                 if (index + 1) * PAGE > request.prefix - 128}
         for page in live:
             self._window[page] = free_window.pop()
+
+    def at(self, requests: list[Request]) -> Tables:
+        """The same pages at another step."""
+        other = copy.copy(self)
+        other.requests = requests
+        return other
 
     def full(self, request: int, position: int) -> int:
         """Full slot of a position."""
