@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 ARCHITECTURE = "DeepseekV4ForCausalLM"
 COMPRESS_RATIOS = (0, 4, 128)
@@ -120,20 +121,19 @@ class Geometry:
         Raises ConfigError with the field, its value and what is supported, for another architecture, a V4.1
         field, a missing field, an unknown compress ratio, or sizes that contradict one another.
         """
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"config.json holds a {type(config).__name__}, not an object")
         _check_family(config)
         for name, supported in _FIXED.items():
             if config.get(name, supported) != supported:
                 raise ConfigError(f"config.json: {name} is {config[name]!r}; DeepSeek-V4 has {supported!r}")
-        scaling = _require(config, "rope_scaling")
-        kind = scaling.get("type", scaling.get("rope_type"))
-        if kind != "yarn":
-            raise ConfigError(f"config.json: rope_scaling type is {kind!r}; DeepSeek-V4 uses 'yarn'")
+        block = (config.get("quantization_config") or {}).get("weight_block_size", [128, 128])
+        if list(block) != [128, 128]:
+            raise ConfigError(f"config.json: weight_block_size is {block}; DeepSeek-V4 has [128, 128]")
         geometry = cls(
-            compress_ratios=tuple(_require(config, "compress_ratios")),
-            yarn=Yarn(float(scaling["factor"]), float(scaling["beta_fast"]), float(scaling["beta_slow"]),
-                      int(scaling["original_max_position_embeddings"])),
-            **{name: _require(config, name) for name in _REQUIRED},
-            **{name: config[name] for name in _OPTIONAL if config.get(name) is not None},
+            compress_ratios=_ratios(config), yarn=_yarn(config),
+            **{name: _number(config, name, kind) for name, kind in _REQUIRED.items()},
+            **{name: _number(config, name, kind) for name, kind in _OPTIONAL.items() if config.get(name) is not None},
         )
         geometry._check_sizes()
         return geometry
@@ -155,16 +155,21 @@ class Geometry:
         if self.num_experts_per_tok > self.n_routed_experts:
             raise ConfigError(f"config.json: num_experts_per_tok {self.num_experts_per_tok} exceeds "
                               f"n_routed_experts {self.n_routed_experts}")
+        for name in ("hidden_size", "moe_intermediate_size"):
+            if getattr(self, name) % 32:
+                raise ConfigError(f"config.json: {name} is {getattr(self, name)}, not a multiple of the FP4 block 32")
         if self.expert_dtype not in ("fp4", "fp8"):
             raise ConfigError(f"config.json: expert_dtype is {self.expert_dtype!r}; supported are 'fp4' and 'fp8'")
 
 
-_REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "q_lora_rank", "o_groups", "o_lora_rank",
-             "index_n_heads", "index_topk", "num_hash_layers", "n_routed_experts", "num_experts_per_tok",
-             "moe_intermediate_size", "routed_scaling_factor", "swiglu_limit", "vocab_size",
-             "max_position_embeddings", "rope_theta", "compress_rope_theta")
-_OPTIONAL = ("num_nextn_predict_layers", "hc_sinkhorn_iters", "hc_eps", "rms_norm_eps", "expert_dtype",
-             "bos_token_id", "eos_token_id")
+_REQUIRED = dict.fromkeys(
+    ("num_hidden_layers", "hidden_size", "num_attention_heads", "q_lora_rank", "o_groups", "o_lora_rank",
+     "index_n_heads", "index_topk", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "vocab_size",
+     "max_position_embeddings"), int) | dict.fromkeys(
+    ("routed_scaling_factor", "swiglu_limit", "rope_theta", "compress_rope_theta"), float) | {"num_hash_layers": "count"}
+_OPTIONAL = dict.fromkeys(("num_nextn_predict_layers", "bos_token_id", "eos_token_id"), "count") | {
+    "hc_sinkhorn_iters": int, "hc_eps": float, "rms_norm_eps": float, "expert_dtype": str}
+"""Kind of each field: a positive int, a positive float, an int from 0 ("count"), or a str."""
 
 
 def _check_family(config: Mapping[str, Any]) -> None:
@@ -180,3 +185,35 @@ def _require(config: Mapping[str, Any], name: str) -> Any:
     if config.get(name) is None:
         raise ConfigError(f"config.json: {name} is missing")
     return config[name]
+
+
+def _number(config: Mapping[str, Any], name: str, kind: type | str, where: str = "") -> Any:
+    value = _require(config, name)
+    if kind is str:
+        fits, wanted = isinstance(value, str), "a string"
+    elif kind is float:
+        fits, wanted = isinstance(value, (int, float)) and value > 0, "a positive number"
+    else:
+        least = 0 if kind == "count" else 1
+        fits, wanted = isinstance(value, int) and value >= least, f"an integer from {least}"
+    if not fits or isinstance(value, bool):
+        raise ConfigError(f"config.json: {where}{name} is {value!r}, not {wanted}")
+    return value
+
+
+def _ratios(config: Mapping[str, Any]) -> tuple[int, ...]:
+    ratios = _require(config, "compress_ratios")
+    if not isinstance(ratios, Sequence) or isinstance(ratios, str):
+        raise ConfigError(f"config.json: compress_ratios is {ratios!r}, not a list")
+    return tuple(ratios)
+
+
+def _yarn(config: Mapping[str, Any]) -> Yarn:
+    scaling = _require(config, "rope_scaling")
+    if not isinstance(scaling, Mapping):
+        raise ConfigError(f"config.json: rope_scaling is {scaling!r}, not an object")
+    kind = scaling.get("type", scaling.get("rope_type"))
+    if kind != "yarn":
+        raise ConfigError(f"config.json: rope_scaling type is {kind!r}; DeepSeek-V4 uses 'yarn'")
+    return Yarn(*(_number(scaling, each.name, int if each.name.startswith("original") else float, "rope_scaling.")
+                  for each in fields(Yarn)))

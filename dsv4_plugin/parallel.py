@@ -52,11 +52,12 @@ class Parallel:
         for what, total, group, unit in (
             ("num_attention_heads", geometry.num_attention_heads, self.attention, 1),
             ("o_groups", geometry.o_groups, self.attention, 1),
+            ("o_groups x o_lora_rank", geometry.o_groups * geometry.o_lora_rank, self.attention, block),
             ("n_routed_experts", geometry.n_routed_experts, self.expert, 1),
             ("moe_intermediate_size", geometry.moe_intermediate_size, self.expert_tensor, block),
             ("moe_intermediate_size", geometry.moe_intermediate_size, self.shared, block),
             ("vocab_size", geometry.vocab_size, self.vocab, 1),
         ):
-            if total % (group.size * unit):
+            if group.size > 1 and total % (group.size * unit):
                 blocks = f" in whole blocks of {unit}" if unit > 1 else ""
                 raise ParallelError(f"parallel size {group.size} does not divide {what} {total}{blocks}")

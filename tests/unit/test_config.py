@@ -49,6 +49,15 @@ WRONG = [
     ({"expert_dtype": "int4"}, ["int4", "fp4", "fp8"]),
     ({"rope_scaling": None}, ["rope_scaling", "missing"]),
     ({"rope_scaling": {"type": "linear", "factor": 2}}, ["linear", "yarn"]),
+    ({"rope_scaling": "yarn"}, ["rope_scaling", "'yarn'", "object"]),
+    ({"rope_scaling": {"type": "yarn"}}, ["factor", "missing"]),
+    ({"compress_ratios": 4}, ["compress_ratios", "4", "list"]),
+    ({"num_hidden_layers": 5.0}, ["num_hidden_layers", "5.0", "integer"]),
+    ({"hidden_size": "128"}, ["hidden_size", "'128'", "integer"]),
+    ({"hidden_size": 130}, ["hidden_size", "130", "32"]),
+    ({"vocab_size": 0}, ["vocab_size", "0", "integer from 1"]),
+    ({"swiglu_limit": -1}, ["swiglu_limit", "-1", "positive"]),
+    ({"quantization_config": {"weight_block_size": [64, 64]}}, ["weight_block_size", "[64, 64]", "[128, 128]"]),
 ]
 
 
@@ -60,6 +69,11 @@ def test_wrong_config(golden_dir, change, named):
     message = str(raised.value)
     assert all(word in message for word in named), message
     assert "\n" not in message
+
+
+def test_config_that_is_no_object():
+    with pytest.raises(ConfigError, match="holds a list, not an object"):
+        Geometry.from_config([])
 
 
 def test_directory_without_config(tmp_path):
