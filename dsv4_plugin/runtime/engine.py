@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -56,23 +57,28 @@ class Engine:
         self._window_pages.give_back(sequence.window_pages)
         sequence.pages, sequence.window_pages = [], []
 
-    def _grow(self, sequence: Sequence, count: int) -> None:
-        needed = -(-(sequence.length + count) // PAGE_TOKENS) - len(sequence.pages)
-        pages, window_pages = self._pages.take(needed), self._window_pages.take(needed)
+    def _grow(self, batch: list[tuple[Sequence, int]]) -> None:
+        """Takes the pages that the batch needs, all of them or, with PoolFull, none."""
+        needed = [-(-(sequence.length + count) // PAGE_TOKENS) - len(sequence.pages) for sequence, count in batch]
+        pages = zip(self._pages.take(sum(needed)), self._window_pages.take(sum(needed)))
         within = torch.arange(PAGE_TOKENS, device=self.device)
-        for page, window_page in zip(pages, window_pages):
-            start = len(sequence.pages) * PAGE_TOKENS
-            self._slots[sequence.row, start:start + PAGE_TOKENS] = page * PAGE_TOKENS + within
-            self._full_to_window[page * PAGE_TOKENS + within] = window_page * PAGE_TOKENS + within
-            sequence.pages.append(page)
-            sequence.window_pages.append(window_page)
+        for (sequence, _), count in zip(batch, needed):
+            for page, window_page in islice(pages, count):
+                start = len(sequence.pages) * PAGE_TOKENS
+                self._slots[sequence.row, start:start + PAGE_TOKENS] = page * PAGE_TOKENS + within
+                self._full_to_window[page * PAGE_TOKENS + within] = window_page * PAGE_TOKENS + within
+                sequence.pages.append(page)
+                sequence.window_pages.append(window_page)
 
     def plan(self, batch: list[tuple[Sequence, int]]) -> StepPlan:
-        """The step plan that adds that many tokens to each sequence; pages are taken, lengths advance."""
+        """The step plan that adds that many tokens to each sequence; pages are taken, lengths advance.
+
+        Raises PoolFull, with nothing taken, when there are too few pages for all of the batch.
+        """
         prefix = torch.tensor([sequence.length for sequence, _ in batch], dtype=torch.int64)
         counts = torch.tensor([count for _, count in batch], dtype=torch.int64)
+        self._grow(batch)
         for sequence, count in batch:
-            self._grow(sequence, count)
             sequence.length += count
         seq_lens = prefix + counts
         request = torch.arange(len(batch)).repeat_interleave(counts)
@@ -88,8 +94,7 @@ class Engine:
     def forward(self, batch: list[tuple[Sequence, list[int]]]) -> Tensor:
         """Streams [T, 4, d] of the new tokens of all sequences, in the order given."""
         plan = self.plan([(sequence, len(tokens)) for sequence, tokens in batch])
-        ids = torch.tensor([token for _, tokens in batch for token in tokens], dtype=torch.int64, device=self.device)
-        return self.model(ids, plan, self.caches)
+        return self.model(self._ids([token for _, tokens in batch for token in tokens]), plan, self.caches)
 
     @torch.inference_mode()
     def logits(self, streams: Tensor) -> Tensor:
@@ -99,15 +104,34 @@ class Engine:
     @torch.inference_mode()
     def score(self, prompt: list[int], chunks: Iterable[int] | None = None) -> Tensor:
         """fp32 logits [len(prompt), vocab], prefilled in one chunk or in chunks of the given lengths."""
-        sequence = self.open()
+        return torch.cat([self.logits(streams) for _, _, streams in self._chunks(prompt, chunks)])
+
+    @torch.inference_mode()
+    def score_draft(self, prompt: list[int], chunks: Iterable[int] | None = None) -> Tensor:
+        """fp32 logits [len(prompt), vocab] of the MTP block, prefilled like `score`.
+
+        Row t predicts token t + 2 from the backbone's streams at t and token t + 1, which after the last is 0.
+        """
+        shifted, parts = [*prompt[1:], 0], []
+        for part, plan, streams in self._chunks(prompt, chunks):
+            streams = self.model.draft(self._ids(shifted[part]), streams, plan, self.caches)
+            parts.append(self.model.logits(self.model.mtp[0].collapse(streams)))
+        return torch.cat(parts)
+
+    def _chunks(self, prompt: list[int], sizes: Iterable[int] | None) -> Iterator[tuple[slice, StepPlan, Tensor]]:
+        """Prefills `prompt` as a sequence of its own: the part of each chunk, its plan and the backbone's streams."""
+        sequence, start = self.open(), 0
         try:
-            parts, start = [], 0
-            for size in chunks or [len(prompt)]:
-                parts.append(self.logits(self.forward([(sequence, prompt[start:start + size])])))
+            for size in sizes or [len(prompt)]:
+                part = slice(start, start + size)
+                plan = self.plan([(sequence, len(prompt[part]))])
+                yield part, plan, self.model(self._ids(prompt[part]), plan, self.caches)
                 start += size
-            return torch.cat(parts)
         finally:
             self.close(sequence)
+
+    def _ids(self, tokens: list[int]) -> Tensor:
+        return torch.tensor(tokens, dtype=torch.int64, device=self.device)
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, chunk: int = 2048) -> list[list[int]]:
