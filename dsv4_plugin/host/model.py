@@ -20,7 +20,9 @@ from ..checkpoint.load import Loader
 from ..config import Geometry
 from ..model import DeepseekV4
 from ..ops.operator import configure
+from .metrics import Recorder
 from .parallel import host_parallel
+from .probe import probe_if_asked
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class DeepseekV4ForCausalLM(nn.Module):
         self.model = DeepseekV4(geometry, precision, parallel, get_device().device, parts="backbone")
         self.head = Head(self.model)
         self.logits_processor = LogitsProcessor(config)
+        self.recorder = Recorder()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Feeds the host's weight iterator to our loader. Raises CheckpointError for what does not fit."""
@@ -84,6 +87,7 @@ class DeepseekV4ForCausalLM(nn.Module):
         for name, tensor in weights:
             loader.put(name, tensor)
         loader.finish()
+        probe_if_asked(self.model)
 
     def get_embed_and_head(self) -> tuple[Tensor, Tensor]:
         return self.model.embed.weight, self.model.head.weight
@@ -92,5 +96,8 @@ class DeepseekV4ForCausalLM(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch) -> LogitsProcessorOutput:
         """Logits of the rows the batch asks for. `positions` are in the step plan already."""
         backend = get_attn_backend()
-        streams = self.model(input_ids, backend.plan(forward_batch), backend.caches).flatten(1)
-        return self.logits_processor(input_ids, streams, self.head, forward_batch, hidden_states_before_norm=streams)
+        plan = backend.plan(forward_batch)
+        streams = self.model(input_ids, plan, backend.caches).flatten(1)
+        output = self.logits_processor(input_ids, streams, self.head, forward_batch, hidden_states_before_norm=streams)
+        self.recorder.step(plan.phase)
+        return output

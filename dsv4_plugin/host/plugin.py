@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-
 from .. import flags
 from . import version
 from .refusal import refuse
-
-logger = logging.getLogger(__name__)
 
 
 def register() -> None:
@@ -20,6 +16,7 @@ def register() -> None:
         if not flags.enabled("DSV4_PLUGIN"):
             return
         flags.check()
+        flags.adopt()
         version.check()
         from . import ledger
 

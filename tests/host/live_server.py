@@ -104,8 +104,9 @@ def serving(model: Path, log: Path, *arguments: str, **environment: str):
     port = free_port()
     command = [str(DSV4), "serve", str(model), "--cpu", "--skip-tokenizer-init", "--port", str(port), *arguments]
     with log.open("w") as out:
+        # One thread: matrices this small gain nothing from more, and threads that wait for each other stall a busy machine.
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-                                   env=os.environ | environment)
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
     try:
         server = Server(f"http://127.0.0.1:{port}", log)
         wait_until_ready(server, process)

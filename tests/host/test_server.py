@@ -17,7 +17,7 @@ SAME_MAX = 2e-4
 
 @pytest.fixture(scope="module", params=[
     # Chunks that start inside windows of 128 and 4 tokens, and a pool too small for what runs at once.
-    pytest.param(("--chunked-prefill-size", "256", "--max-total-tokens", "2304", "--swa-full-tokens-ratio", "0.5",
+    pytest.param(("--chunked-prefill-size", "256", "--max-total-tokens", "2048", "--swa-full-tokens-ratio", "1.0",
                   "--schedule-conservativeness", "0.01"), id="chunks-and-retraction"),
     pytest.param(("--tp", "2", "--disable-radix-cache"), id="tp2-no-radix"),
 ])
@@ -71,12 +71,14 @@ def test_requests_do_not_change_one_another(server, scored, golden_sequences):
 
 
 def test_decoding_equals_scoring(server, golden_sequences):
-    """Three requests decode together across page borders; with the small pool some are retracted and start over."""
-    prompts = [ids[:length] for (ids, _, _), length in zip(golden_sequences, (480, 333, 120))]
+    """Three requests of two pages each decode together into a third page; the small pool has eight and retracts one."""
+    ids = golden_sequences[0][0]
+    prompts, count = [ids[start:start + 500] for start in (0, 100, 200)], 40
+    server.flush()
     with ThreadPoolExecutor(3) as pool:
-        replies = list(pool.map(lambda ids: server.generate(ids, new_tokens=200, logprob_start=-1), prompts))
-    for ids, reply in zip(prompts, replies):
-        again = server.generate(ids + output_ids(reply), logprob_start=len(ids) - 1)
-        assert differences(output_logprobs(reply), input_logprobs(again)[-200:]).max() < SAME_MAX
+        replies = list(pool.map(lambda prompt: server.generate(prompt, count, logprob_start=-1), prompts))
+    for prompt, reply in zip(prompts, replies):
+        again = server.generate(prompt + output_ids(reply), logprob_start=len(prompt) - 1)
+        assert differences(output_logprobs(reply), input_logprobs(again)[-count:]).max() < SAME_MAX
     if server.small_pool:
         assert "Retract requests" in server.log.read_text()
