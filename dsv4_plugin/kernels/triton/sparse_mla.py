@@ -21,16 +21,16 @@ from ...cache.layout import LATENT_DATA_BYTES, LATENT_DIM, LATENT_SCALE_BYTES, N
 from ...cache.stores import PackedLatentCache
 from .formats import INTERPRETED, fp8_to_fp32, to_bf16
 
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 32
-_TILES = 256  # tiles of a row that its length is read from in one load: 8192 slots of the 32-slot tile, 1 M tokens of c128
+TILES = 256  # tiles of a row that its length is read from in one load: 8192 slots of the 32-slot tile, 1 M tokens of c128
 
 _DATA_BYTES = tl.constexpr(LATENT_DATA_BYTES)
 _SCALE_BYTES = tl.constexpr(LATENT_SCALE_BYTES)
 _DIM = tl.constexpr(LATENT_DIM)
 _NOPE = tl.constexpr(NOPE_DIM)
 _BLOCK = tl.constexpr(SCALE_BLOCK)
-_LOG2E = tl.constexpr(_LOG2_E)
+_LOG2E = tl.constexpr(LOG2_E)
 _BLOCKS = tl.constexpr(LATENT_DIM // SCALE_BLOCK)
 _DOT = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)  # the interpreter cannot multiply bf16
 _NONE = tl.constexpr(-1e30)  # below every logit, and finite, so that differences of it are
@@ -65,7 +65,7 @@ def _tile(heads: int) -> Tile:
                 Tile(16, 32, 4))
 
 
-def _compute_units(tensor: Tensor) -> int:
+def compute_units(tensor: Tensor) -> int:
     if tensor.is_cuda:
         return torch.cuda.get_device_properties(tensor.device).multi_processor_count
     return _COMPUTE_UNITS.get(device.arch(), 2)
@@ -184,7 +184,7 @@ def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, window_ptr, window_slots_ptr, com
 
 
 @triton.jit
-def _combine(part_ptr, lse_ptr, sink_ptr, out_ptr, heads, SPLITS: tl.constexpr):
+def combine(part_ptr, lse_ptr, sink_ptr, out_ptr, heads, SPLITS: tl.constexpr):
     """One head of one token from its splits and the sink; splits that did not run weigh nothing and are not read."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(0) % heads
     lse = tl.load(lse_ptr + row * SPLITS + tl.arange(0, SPLITS))
@@ -216,7 +216,7 @@ def sparse_mla(q: Tensor, window_cache: PackedLatentCache, window: Tensor, compr
     tile = _tile(heads)
     head_blocks = triton.cdiv(heads, tile.heads)
     tiles = triton.cdiv(window.shape[1], tile.slots) + triton.cdiv(compressed.shape[1], tile.slots)
-    splits = split_count(tokens, head_blocks, tiles, _compute_units(q) * tile.workgroups)
+    splits = split_count(tokens, head_blocks, tiles, compute_units(q) * tile.workgroups)
     part, lse = out, sink
     if splits > 1:
         part = q.new_empty(tokens, heads, splits, LATENT_DIM, dtype=torch.float32)
@@ -224,11 +224,11 @@ def sparse_mla(q: Tensor, window_cache: PackedLatentCache, window: Tensor, compr
     _attend[(tokens, head_blocks, splits)](
         q.contiguous(), part, lse, sink, window_cache.pages, window.contiguous(), compressed_cache.pages,
         compressed.contiguous(), window.shape[1], compressed.shape[1], window_cache.pages.stride(0),
-        compressed_cache.pages.stride(0), heads, softmax_scale * _LOG2_E,
+        compressed_cache.pages.stride(0), heads, softmax_scale * LOG2_E,
         WINDOW_PAGE=window_cache.slots_per_page, COMPRESSED_PAGE=compressed_cache.slots_per_page, BLOCK_H=tile.heads,
         BLOCK_K=tile.slots, SPLITS=splits,
-        TILES=max(_TILES, triton.next_power_of_2(triton.cdiv(compressed.shape[1], tile.slots))),
+        TILES=max(TILES, triton.next_power_of_2(triton.cdiv(compressed.shape[1], tile.slots))),
         num_warps=tile.warps, num_stages=tile.stages)
     if splits > 1:
-        _combine[(tokens * heads,)](part, lse, sink, out, heads, SPLITS=splits, num_warps=4)
+        combine[(tokens * heads,)](part, lse, sink, out, heads, SPLITS=splits, num_warps=4)
     return out
