@@ -77,33 +77,34 @@ class Report:
 
 @dataclass
 class Line:
-    """Rows of one operator, phase and layer kind that took the same implementation for the same reasons."""
+    """Rows of one operator and phase that took the same implementation for the same reasons."""
 
     operator: str
     phase: str
-    layer_kind: str
     implementation: str
     rejected: dict[str, str]
     calls: int = 0
+    layers: list[str] = field(default_factory=list)
     rows: list[str] = field(default_factory=list)
 
 
 def summary(rows: Iterable[Row]) -> list[Line]:
-    """The rows with their shape classes joined, in the order they first ran."""
+    """The rows with their kinds of layers and shape classes joined, in the order they first ran."""
     lines: dict[tuple, Line] = {}
     for row in rows:
-        same = (row.operator, row.phase, row.layer_kind, row.implementation, tuple(row.rejected.items()))
-        line = lines.setdefault(same, Line(row.operator, row.phase, row.layer_kind, row.implementation, row.rejected))
+        same = (row.operator, row.phase, row.implementation, tuple(row.rejected.items()))
+        line = lines.setdefault(same, Line(row.operator, row.phase, row.implementation, row.rejected))
         line.calls += row.calls
-        if row.rows not in line.rows:
-            line.rows.append(row.rows)
+        for value, values in ((row.layer_kind, line.layers), (row.rows, line.rows)):
+            if value not in values:
+                values.append(value)
     return list(lines.values())
 
 
 def text(report: Report) -> str:
     """The report as a table of plain text."""
     head = ("operator", "phase", "layers", "rows", "implementation", "calls", "not taken")
-    body = [(line.operator, line.phase, line.layer_kind, ",".join(sorted(line.rows, key=_first)), line.implementation,
+    body = [(line.operator, line.phase, " ".join(line.layers), " ".join(sorted(line.rows, key=_first)), line.implementation,
              str(line.calls), "; ".join(f"{name}: {reason}" for name, reason in line.rejected.items()) or "-")
             for line in summary(report.rows)]
     widths = [max(len(row[column]) for row in (head, *body)) for column in range(len(head))]

@@ -69,13 +69,13 @@ def _parse(body: str, address: str):
 
     from ..report import Report, ReportError, Row
 
-    rows, calls, fallbacks, compiles = {}, {}, {}, 0
+    rows, calls, fallbacks, compiles = [], {}, {}, 0
     for family in text_string_to_metric_families(body):
         for sample in family.samples:
             labels = sample.labels
             if sample.name == "dsv4_path_info":
-                key = labels["operator"], labels["phase"], labels["layers"], labels["implementation"]
-                rows.setdefault(key, []).append(labels["rows"])
+                rows.append(Row(labels["operator"], labels["phase"], labels["layers"], labels["rows"], "",
+                                labels["implementation"], 0, {}, False))
             elif sample.name == "dsv4_calls_total":
                 calls[labels["operator"], labels["phase"], labels["layers"], labels["implementation"]] = int(sample.value)
             elif sample.name == "dsv4_fallback_total":
@@ -87,7 +87,6 @@ def _parse(body: str, address: str):
                           "a prefill and a decode yet")
     facts = {"server": address, "compiled after ready": compiles,
              **{f"fell back: {operator}": "; ".join(reasons) for operator, reasons in fallbacks.items()}}
-    return Report(facts, [
-        Row(operator, phase, layers, ",".join(sorted(classes, key=lambda each: int(each.partition("-")[0]))), "",
-            implementation, calls.get((operator, phase, layers, implementation), 0), {}, False)
-        for (operator, phase, layers, implementation), classes in rows.items()])
+    for row in rows:  # the calls are counted over all shapes: they go to the first
+        row.calls = calls.pop((row.operator, row.phase, row.layer_kind, row.implementation), 0)
+    return Report(facts, rows)

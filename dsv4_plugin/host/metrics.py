@@ -41,7 +41,8 @@ class Recorder:
                        "sglang": installed(), "torch": device.package_version("torch"),
                        "triton": device.package_version("triton"),
                        "flags": " ".join(f"{flag.name}={flags.read(flag.name)}" for flag in flags.FLAGS
-                                         if flags.setting(flag.name).source != "default") or "none"}
+                                         if flags.setting(flag.name).source != "default" and flag.name != flags.ADOPTED)
+                       or "none"}
 
     def step(self, phase: str) -> None:
         """Notes that a step of `phase` has run."""

@@ -258,10 +258,12 @@ def observed(observer: Observer) -> Iterator[None]:
 
 
 def report_rows() -> list[report.Row]:
-    """What was chosen and what ran so far; keys that differ in nothing a reader sees are one row."""
+    """What was chosen and ran so far; keys that differ in nothing a reader sees are one row."""
     rows: dict[tuple, report.Row] = {}
     for each in OPERATORS.values():
-        for key, choice in each.choices.items():
+        for key, choice in list(each.choices.items()):
+            if not choice.calls:
+                continue
             row = report.Row(each.name, key.phase, key.layer_kind, key.rows, key.tensor, choice.implementation, 0,
                              choice.rejected, choice.fallback)
             shown = (*row.place, row.implementation, tuple(row.rejected.items()))

@@ -37,10 +37,11 @@ def test_another_file_is_refused_by_name(tmp_path, content):
         Report.read(path)
 
 
-def test_shape_classes_are_joined_only_where_choice_and_reasons_agree():
-    lines = summary(ROWS)
-    assert [(line.phase, line.rows, line.calls) for line in lines] == [
-        ("decode", ["1", "16-31"], 20), ("prefill", ["2048-4095"], 2)]
+def test_layers_and_shapes_are_joined_only_where_choice_and_reasons_agree():
+    other = Row("moe", "decode", "c128", "1", "bfloat16 x256 on gpu", "triton", 4, ROWS[0].rejected, False)
+    lines = summary([*ROWS, other])
+    assert [(line.phase, line.layers, line.rows, line.calls) for line in lines] == [
+        ("decode", ["c4", "c128"], ["1", "16-31"], 24), ("prefill", ["c4"], ["2048-4095"], 2)]
 
 
 def test_table_names_implementation_calls_and_reasons(tmp_path, capsys):
@@ -123,5 +124,9 @@ def test_series_hold_calls_fallbacks_and_compiles(metrics_url, capsys):
     read = json.loads(capsys.readouterr().out)
     assert read["facts"]["compiled after ready"] == 3
     assert read["facts"]["fell back: moe"] == "triton: over 1024 rows (3 calls)"
-    [decode] = [row for row in read["rows"] if row["phase"] == "decode"]
-    assert (decode["implementation"], decode["rows"], decode["calls"]) == ("triton", "1,16-31", 25)
+    decode = [row for row in read["rows"] if row["phase"] == "decode"]
+    assert {row["rows"] for row in decode} == {"1", "16-31"} and {row["implementation"] for row in decode} == {"triton"}
+    assert sum(row["calls"] for row in decode) == 25
+    assert main(["active", "--url", url]) == 0
+    words = next(line.split() for line in capsys.readouterr().out.splitlines() if " decode " in line)
+    assert words == ["moe", "decode", "c4", "1", "16-31", "triton", "25", "-"]
