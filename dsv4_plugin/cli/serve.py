@@ -35,7 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise launch.LaunchError("DSV4_PLUGIN=0 turns off what this command serves with; unset it, "
                                  "or start the stock server with python -m sglang.launch_server")
     version.check()
-    launch.check_checkpoint(arguments.model, arguments.tp, arguments.ep)
+    if launch.is_hub_name(arguments.model):
+        print(f"dsv4 serve: {arguments.model} is no directory here; SGLang looks for it on the Hugging Face hub")
+    else:
+        launch.check_checkpoint(arguments.model, arguments.tp, arguments.ep)
     launch.check_port(arguments.host, arguments.port)
     environment, added = choices(arguments)
     for name, value in environment.items():

@@ -58,7 +58,8 @@ class Backend(AttentionBackend):
         requests = torch.arange(seq_lens.shape[0], device=seq_lens.device)
         if batch.forward_mode.is_extend():
             prefix = batch.extend_prefix_lens.to(torch.int64)
-            request = requests.repeat_interleave(batch.extend_seq_lens.to(torch.int64))
+            request = requests.repeat_interleave(batch.extend_seq_lens.to(torch.int64),
+                                                 output_size=batch.positions.shape[0])
             max_queries = max(batch.extend_seq_lens_cpu, default=0)
         else:
             prefix, request, max_queries = seq_lens - 1, requests, min(seq_lens.shape[0], 1)

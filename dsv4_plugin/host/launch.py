@@ -48,15 +48,16 @@ _UNSUPPORTED = (
 """Arguments of the host whose meaning this package does not implement, and when they are set."""
 
 
+def is_hub_name(model_path: str) -> bool:
+    """Whether `model_path` can only be a name on the Hugging Face hub, as "owner/name" with no such directory here."""
+    return model_path.count("/") == 1 and not model_path.startswith((".", "/", "~")) and not Path(model_path).exists()
+
+
 def check_checkpoint(model_path: str, tp_size: int = 1, ep_size: int = 1) -> None:
     """Config, weight files (headers only) and parallel layout of the model in directory `model_path`.
 
-    Raises ConfigError, CheckpointError or ParallelError. A name on the Hugging Face hub is not looked up: the host
-    downloads it, and the same checks follow when its workers build the model.
+    Raises ConfigError, CheckpointError or ParallelError.
     """
-    if not Path(model_path).exists() and model_path.count("/") == 1 and not model_path.startswith((".", "/")):
-        logger.info("dsv4_plugin: %s is not a directory here, taken as a name on the Hugging Face hub", model_path)
-        return
     geometry = Geometry.from_dir(model_path)
     attention, expert = Group(size=tp_size), Group(size=ep_size)
     Parallel(attention, expert, Group(size=max(tp_size // ep_size, 1)), attention, attention).check(geometry)

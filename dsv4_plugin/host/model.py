@@ -51,11 +51,11 @@ class Head:
         return self.model.logits(self.model.collapse(streams.unflatten(-1, (self.model.geometry.hc_mult, -1))))
 
 
-def model_directory(model_path: str) -> Path:
+def model_directory(model_path: str, revision: str | None = None) -> Path:
     """Directory that holds the model's config.json; for a name on the Hugging Face hub, where the host put it."""
     if Path(model_path).is_dir():
         return Path(model_path)
-    return Path(huggingface_hub.hf_hub_download(model_path, "config.json")).parent
+    return Path(huggingface_hub.hf_hub_download(model_path, "config.json", revision=revision)).parent
 
 
 class DeepseekV4ForCausalLM(nn.Module):
@@ -67,7 +67,7 @@ class DeepseekV4ForCausalLM(nn.Module):
 
         verify("while the model is built")
         configure()
-        directory = model_directory(get_model().model_path)
+        directory = model_directory(get_model().model_path, get_model().revision)
         geometry, precision, parallel = Geometry.from_dir(directory), flags.precision(), host_parallel()
         parallel.check(geometry)
         if directory == Path(get_model().model_path):

@@ -1,0 +1,95 @@
+"""What is decided before the workers start, on the host's own argument records."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from dsv4_plugin.cli import serve
+from dsv4_plugin.host import launch
+
+
+@pytest.fixture(scope="module")
+def server_args(golden_dir):
+    from sglang.srt.server_args import ServerArgs
+
+    return ServerArgs(model_path=str(golden_dir), device="cpu")
+
+
+@pytest.mark.parametrize("name, field, value", [
+    ("--pp-size", "pp_size", 2), ("--attn-dp-size", "attn_dp_size", 2), ("--attn-dp-size", "enable_dp_attention", True),
+    ("--attn-cp-size", "attn_cp_size", 2), ("--attn-cp-size", "enable_prefill_cp", True), ("--dcp-size", "dcp_size", 2),
+    ("--moe-dp-size", "moe_dp_size", 2), ("--moe-a2a-backend", "moe_a2a_backend", "deepep"),
+    ("--enable-eplb", "enable_eplb", True), ("--enable-two-batch-overlap", "enable_two_batch_overlap", True),
+    ("--enable-lora", "enable_lora", True), ("--enable-hisparse", "enable_hisparse", True),
+    ("--enable-hierarchical-cache", "enable_hierarchical_cache", True),
+    ("--disaggregation-mode", "disaggregation_mode", "prefill"),
+    ("--speculative-algorithm", "speculative_algorithm", "EAGLE"),
+    ("--json-model-override-args", "json_model_override_args", '{"num_hidden_layers": 1}'),
+])
+def test_arguments_that_mean_nothing_here_are_refused(server_args, monkeypatch, name, field, value):
+    monkeypatch.setenv("DSV4_DEVICE", "cpu")
+    launch.check_arguments(server_args)
+    assert hasattr(server_args, field)
+    monkeypatch.setattr(server_args, field, value)
+    with pytest.raises(launch.LaunchError, match=f"{name} is set.*DSV4_PLUGIN=0"):
+        launch.check_arguments(server_args)
+
+
+@pytest.mark.parametrize("device, wanted", [("cpu", "auto"), ("cuda", "cpu")])
+def test_device_and_platform_must_agree(server_args, monkeypatch, device, wanted):
+    monkeypatch.setenv("DSV4_DEVICE", wanted)
+    monkeypatch.setattr(server_args, "device", device)
+    with pytest.raises(launch.LaunchError, match=f"the device is {device} while DSV4_DEVICE={wanted}"):
+        launch.check_arguments(server_args)
+
+
+def test_graphs_are_turned_off():
+    from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_graph_config
+
+    config = default_cuda_graph_config()
+    assert config.decode.backend != Backend.DISABLED
+    declared = launch._without_graphs(SimpleNamespace(cuda_graph_config=config))["cuda_graph_config"]
+    assert declared.decode.backend == declared.prefill.backend == Backend.DISABLED
+
+
+def test_hub_names_and_directories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    assert launch.is_hub_name("deepseek-ai/DeepSeek-V4-Flash")
+    assert not any(map(launch.is_hub_name, ("models/tiny", "/models/tiny", "./tiny", "tiny", "a/b/c")))
+
+
+def chosen(*words: str):
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    arguments, arguments.other = parser.parse_known_args(["model", *words])
+    return serve.choices(arguments)
+
+
+def test_choices_of_dsv4_serve(monkeypatch):
+    for name in ("DSV4_STRICT", "SGLANG_CPU_OMP_THREADS_BIND"):
+        monkeypatch.delenv(name, raising=False)
+    assert chosen() == ({"DSV4_STRICT": "1"}, [])
+    environment, added = chosen("--cpu")
+    assert environment["DSV4_DEVICE"] == "cpu" and added[:2] == ["--device", "cpu"]
+    assert added[added.index("--max-total-tokens") + 1] == str(serve.CPU_POOL_TOKENS)
+    assert "SGLANG_CPU_OMP_THREADS_BIND" not in environment
+
+
+def test_choices_give_way_to_the_user(monkeypatch):
+    monkeypatch.setenv("DSV4_STRICT", "0")
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+    environment, added = chosen("--cpu", "--tp", "2", "--max-total-tokens=4096")
+    assert environment == {"DSV4_DEVICE": "cpu"} and "--max-total-tokens" not in added
+
+
+def test_ranks_share_the_cores(monkeypatch):
+    monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 4, 5})
+    assert chosen("--cpu", "--tp", "2")[0]["SGLANG_CPU_OMP_THREADS_BIND"] == "0,1|4,5"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
+    assert chosen("--cpu", "--tp", "2")[0]["SGLANG_CPU_OMP_THREADS_BIND"] == "3|3"
