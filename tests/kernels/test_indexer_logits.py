@@ -50,6 +50,16 @@ def test_matches_reference(batch, heads, queries, monkeypatch):
     assert_same(make_case(*BATCHES[batch], heads=heads))
 
 
+def test_fnuz_reading_of_the_same_bytes(monkeypatch):
+    """gfx942 multiplies FNUZ numbers: half the value for the same byte, and NaN for that of -0."""
+    monkeypatch.setattr(kernels, "_is_fnuz", lambda: True)
+    q, weights, cache, plan = make_case(*BATCHES["decode"])
+    q[:, :, ::5] = -0.0
+    cache.pages[1:, 0:8192:7] = 0x80
+    assert (q.view(torch.uint8) == 0x80).any()
+    assert_same((q, weights, cache, plan))
+
+
 @pytest.mark.parametrize("programs", [1, 3, 50])
 def test_any_number_of_programs_covers_all_tiles(programs, monkeypatch):
     monkeypatch.setattr(kernels, "_programs", lambda *_: programs)

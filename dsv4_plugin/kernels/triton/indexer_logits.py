@@ -51,6 +51,11 @@ def _config(phase: str) -> Config:
     return CONFIGS["sm" if device.arch().startswith("sm_") else "gfx", phase]
 
 
+def _is_fnuz() -> bool:
+    """Whether the chip's matrix units take FP8 in the FNUZ format only."""
+    return device.arch().startswith("gfx94")
+
+
 @triton.jit
 def _tiles(position, query, row, tokens, QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr):
     """Tiles that start at each of `row`: none unless it leads a group of QUERIES rows of its request."""
@@ -79,6 +84,18 @@ def _share(position, query, tokens, QUERIES: tl.constexpr, BLOCK_KEYS: tl.conste
 
 
 @triton.jit
+def _operand(x, FNUZ: tl.constexpr):
+    """e4m3 `x` as an operand; with FNUZ from its bytes, in the format of gfx942, where they mean half of the value.
+
+    The one exception is the byte of -0, which is NaN there.
+    """
+    if FNUZ:
+        return tl.where(x == 0x80, 0, x).to(tl.uint8).to(tl.float8e4b8, bitcast=True)
+    else:
+        return x
+
+
+@triton.jit
 def _relu(x):
     """max(x, 0) of fp32 `x` by its bits, which is one instruction; a float maximum takes a second to quiet NaN."""
     return tl.maximum(x.to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
@@ -86,7 +103,7 @@ def _relu(x):
 
 @triton.jit
 def _score(q, weights, keys, key_scales, position, page_row, logits, row, count, first_block, last_block, entries,
-           page_bytes, HEADS: tl.constexpr, QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+           page_bytes, HEADS: tl.constexpr, QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, FNUZ: tl.constexpr):
     """Logits of rows `row` .. `row + count - 1` at blocks `first_block` .. `last_block - 1` of their request."""
     member = tl.arange(0, QUERIES)
     visible = (tl.load(position + row + member, mask=member < count, other=-1) + 1) // _RATIO
@@ -94,14 +111,14 @@ def _score(q, weights, keys, key_scales, position, page_row, logits, row, count,
     column, channel = tl.arange(0, QUERIES * HEADS), tl.arange(0, _DIM)
     real = column // HEADS < count
     at = row * HEADS + column
-    query = tl.load(q + at[None, :] * _DIM + channel[:, None], mask=real[None, :], other=0.0)
-    weight = tl.load(weights + at, mask=real, other=0.0)
+    query = _operand(tl.load(q + at[None, :] * _DIM + channel[:, None], mask=real[None, :], other=0.0), FNUZ)
+    weight = tl.load(weights + at, mask=real, other=0.0) * (4.0 if FNUZ else 1.0)
     for block in range(first_block, last_block):
         entry = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
         # Entries that nobody sees are taken from page 0, which belongs to nobody: the wide loads need no mask.
         page = tl.load(page_row + entry // _PAGE_ENTRIES, mask=entry < most, other=0)
         start, within = page * page_bytes, entry % _PAGE_ENTRIES
-        key = tl.load(keys + (start + within * _DIM)[:, None] + channel[None, :])
+        key = _operand(tl.load(keys + (start + within * _DIM)[:, None] + channel[None, :]), FNUZ)
         scale = tl.load(key_scales + (start + _PAGE_ENTRIES * _DIM) // 4 + within)
         score = _relu(tl.dot(key, query)) * weight[None, :]
         score = tl.sum(tl.reshape(score, (BLOCK_KEYS, QUERIES, HEADS)), 2) * scale[:, None]
@@ -112,7 +129,7 @@ def _score(q, weights, keys, key_scales, position, page_row, logits, row, count,
 @triton.jit
 def indexer_logits_kernel(q, weights, keys, key_scales, position, request, query, page_table, logits, tokens, entries,
                           pages, page_bytes, HEADS: tl.constexpr, QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-                          SCAN: tl.constexpr):
+                          SCAN: tl.constexpr, FNUZ: tl.constexpr):
     """Grid: any number of programs; each takes an even share of the tiles of all rows."""
     row, block, left = _share(position, query, tokens, QUERIES, BLOCK_KEYS, SCAN)
     member = tl.arange(0, QUERIES)
@@ -123,7 +140,7 @@ def indexer_logits_kernel(q, weights, keys, key_scales, position, request, query
         last = tl.cdiv((tl.load(position + row) + QUERIES) // _RATIO, BLOCK_KEYS)
         run = tl.minimum(last - block, left)
         _score(q, weights, keys, key_scales, position, page_table + owner * pages, logits, row, count, block,
-               block + run, entries, page_bytes, HEADS, QUERIES, BLOCK_KEYS)
+               block + run, entries, page_bytes, HEADS, QUERIES, BLOCK_KEYS, FNUZ)
         left -= run
         block = tl.zeros((), tl.int64)
         row += count
@@ -140,11 +157,12 @@ def indexer_logits(q: Tensor, weights: Tensor, cache: PackedIndexCache, plan: St
     entries = plan.max_seq_len // 4
     logits = torch.empty(tokens, entries, dtype=torch.float32, device=q.device)
     if logits.numel():
-        config, pages = _config(plan.phase), cache.pages
+        config, pages, fnuz = _config(plan.phase), cache.pages, _is_fnuz()
+        codes = torch.uint8 if fnuz else torch.float8_e4m3fn
         indexer_logits_kernel[(_programs(config, tokens, entries, q.device),)](
-            q.contiguous(), weights.contiguous(), pages.view(torch.float8_e4m3fn), pages.view(torch.float32),
+            q.contiguous().view(codes), weights.contiguous(), pages.view(codes), pages.view(torch.float32),
             plan.position, plan.request, plan.query, plan.page_table, logits, tokens, entries,
             plan.page_table.stride(0), pages.stride(0), HEADS=heads, QUERIES=config.queries,
-            BLOCK_KEYS=config.block_keys, SCAN=min(_SCAN, triton.next_power_of_2(tokens)),
+            BLOCK_KEYS=config.block_keys, SCAN=min(_SCAN, triton.next_power_of_2(tokens)), FNUZ=fnuz,
             num_warps=config.num_warps, num_stages=config.num_stages)
     return logits
