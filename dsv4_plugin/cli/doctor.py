@@ -32,7 +32,8 @@ def _print(checks: list, wrong: int) -> None:
     from rich.table import Table
 
     colour = {"ok": "green", "warning": "yellow", "wrong": "bold red"}
-    table = Table("", "what", "found, and what to do", box=None, pad_edge=False)
+    table = Table("", "what", box=None, pad_edge=False)
+    table.add_column("found, and what to do", overflow="fold")
     for check in checks:
         advice = f"\n-> {check.advice}" if check.advice else ""
         table.add_row(f"[{colour[check.status]}]{check.status}[/]", escape(check.name), escape(check.found + advice))

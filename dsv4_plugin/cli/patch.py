@@ -64,10 +64,10 @@ def _change(selected: list, root: Path, revert: bool, really: bool) -> int:
     changes = [(patch, patch.apply(root, revert)) for patch in selected]  # all are checked before one is written
     for patch, files in changes:
         if not files:
-            print(f"{patch.name}: is {'not applied' if revert else 'applied'} already")
+            print(f"{patch.name}: nothing to do, it is {'not applied' if revert else 'applied'}")
         elif really:
             patches.write(root, files)
-            print(f"{patch.name}: {done}, {len(files)} files in {root}")
+            print(f"{patch.name}: {done}, {', '.join(files)} in {root}")
         else:
             print(f"{patch.name}: would be {done}\n{patch.diff}")
     if not really and any(files for _, files in changes):

@@ -92,7 +92,7 @@ class Implementation:
                 return f"package {package} is not installed"
         arch = device.arch()
         if arch == device.CPU and not ("triton" in self.packages and device.interprets_triton()):
-            return "there is no GPU"
+            return "there is no GPU" + (" (TRITON_INTERPRET=1 interprets it)" if "triton" in self.packages else "")
         if self.archs and arch != device.CPU and not arch.startswith(self.archs):
             return f"{arch} is not one of {', '.join(self.archs)}"
         return None
