@@ -98,7 +98,7 @@ OPERATORS: dict[str, str] = {
 """Operators that can be switched, and what each does."""
 
 AUTO, REFERENCE = "auto", "reference"
-IMPLEMENTATIONS = (AUTO, REFERENCE, "triton", "tilelang", "flydsl", "aiter", "host")
+IMPLEMENTATIONS = (AUTO, REFERENCE, "triton", "gluon", "tilelang", "flydsl", "aiter", "host")
 _LAYER_LIST = re.compile(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?")
 
 

@@ -27,6 +27,8 @@ def test_every_operator_of_the_table_exists_and_the_other_way_round():
     from dsv4_plugin.ops.operator import OPERATORS
 
     assert set(flags.OPERATORS) == set(OPERATORS)
+    offered = {name for operator in OPERATORS.values() for name in operator.implementations}
+    assert offered <= set(flags.IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize(("environ", "named", "way_out"), [
