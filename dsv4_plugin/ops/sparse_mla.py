@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from .. import device
 from ..cache.stores import PackedLatentCache, SlotStore
 from .operator import Implementation, operator
 
-_MAX_GATHERED = 1 << 24  # bounds the reference's gathered latents to 64 MiB
+_MAX_GATHERED = 1 << 22  # bounds the reference's gathered latents to 16 MiB, which an allocator gets back at no cost
 
 
 def _load_once(cache: SlotStore, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,5 +57,27 @@ def _needs_packed_bf16(q: Tensor, window_cache: SlotStore, window: Tensor, compr
     return None if q.dtype == torch.bfloat16 else f"q is {q.dtype}, not bfloat16"
 
 
+@functools.cache
+def _gluon_lacks() -> str | None:
+    """Why this Triton cannot compile the gfx950 kernel, or None."""
+    try:
+        from triton.experimental.gluon.language.amd import cdna4
+    except ImportError:
+        cdna4 = None
+    return None if hasattr(cdna4, "scaled_upcast") else f"Triton {device.package_version('triton')} has no Gluon for gfx950"
+
+
+def _needs_gluon(q: Tensor, window_cache: SlotStore, window: Tensor, compressed_cache: SlotStore | None,
+                 compressed: Tensor | None, sink: Tensor, softmax_scale: float) -> str | None:
+    if reason := _needs_packed_bf16(q, window_cache, window, compressed_cache, compressed, sink, softmax_scale):
+        return reason
+    for cache in (window_cache, compressed_cache):
+        if cache is not None and cache.slots_per_page & (cache.slots_per_page - 1):
+            return f"pages of {cache.slots_per_page} slots, which is no power of two"
+    return _gluon_lacks() if window.shape[1] else "a window of no columns"
+
+
+sparse_mla.add(Implementation("gluon", "dsv4_plugin.kernels.gluon.sparse_mla:sparse_mla", archs=("gfx950",),
+                              requires=_needs_gluon))
 sparse_mla.add(Implementation("triton", "dsv4_plugin.kernels.triton.sparse_mla:sparse_mla", packages=("triton",),
                               requires=_needs_packed_bf16))

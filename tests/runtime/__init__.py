@@ -1,0 +1,1 @@
+"""The engine: golden answers, chunks, batches, and mistakes that must show."""
