@@ -6,6 +6,11 @@ warps and split counts are their own choice for that shape.
 
 from __future__ import annotations
 
+import atexit
+import functools
+import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +19,42 @@ from typing import Any
 
 import torch
 from chips import Chip
+from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from dsv4_plugin import device
+
+
+class CompilerError(AssertionError):
+    """LLVM wrote an error and went on: what it made is not the kernel."""
+
+
+@contextmanager
+def _no_diagnostics() -> Iterator[None]:
+    """Raises CompilerError when native code writes an error to this process's stderr, as LLVM does without failing."""
+    with tempfile.TemporaryFile() as told:
+        sys.stderr.flush()
+        before = os.dup(2)
+        os.dup2(told.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, 2)
+            os.close(before)
+        told.seek(0)
+        text = told.read().decode(errors="replace")
+    if "error:" in text:
+        raise CompilerError(text)
+
+
+@functools.cache
+def _fresh_cache() -> str:
+    """A cache directory of this process alone."""
+    directory = tempfile.TemporaryDirectory(prefix="dsv4-compile-")
+    atexit.register(directory.cleanup)
+    return directory.name
 
 
 @dataclass(frozen=True)
@@ -62,12 +99,16 @@ def pretend(chip: Chip) -> Iterator[list[Launch]]:
         before = None
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        with _no_diagnostics():
+            compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
         given = dict(zip(self.arg_names, args)) | kwargs
         constants = {p.name: given.get(p.name, p.default) for p in self.params if p.is_constexpr}
         launches.append(Launch(self.__name__, constants, grid(constants) if callable(grid) else tuple(grid), compiled))
         return compiled
 
+    # A kernel from the cache on disk would not be compiled, and LLVM's errors not seen.
+    cache = knobs.cache.dir
+    knobs.cache.dir = _fresh_cache()
     driver.set_active(_Driver(chip))
     JITFunction.run, device.arch = compile_only, lambda: chip.arch
     try:
@@ -75,3 +116,4 @@ def pretend(chip: Chip) -> Iterator[list[Launch]]:
     finally:
         JITFunction.run, device.arch = launch, arch
         driver.set_active(before)
+        knobs.cache.dir = cache

@@ -64,11 +64,11 @@ def _tile_slots(tile, end, window_tiles, window_slots_ptr, compressed_slots_ptr,
     there = tile < end
     tile = gl.minimum(tile, end - 1)  # a list that no tile is of may be no memory at all
     in_window = tile < window_tiles
-    count = gl.where(there, gl.where(in_window, window_count, compressed_count), 0)
+    count = gl.where(in_window, window_count, compressed_count)
     at = (tile - gl.where(in_window, 0, window_tiles)) * place.shape[0] + place
     slots_ptr = gl.where(in_window, window_slots_ptr, compressed_slots_ptr)
-    slot = gl.load(slots_ptr + gl.minimum(at, gl.maximum(count, 1) - 1)).to(gl.int32)
-    return gl.where(at < count, slot, -1)
+    slot = gl.load(slots_ptr + gl.minimum(at, count - 1)).to(gl.int32)
+    return gl.where(at < gl.where(there, count, 0), slot, -1)
 
 
 @gluon.jit
@@ -131,15 +131,15 @@ def _lane_sums(x):
 
 @gluon.jit
 def _logits(q, tile, CHUNK: gl.constexpr, SUMS: gl.constexpr, MMA: gl.constexpr, KEY: gl.constexpr):
-    """q·k [heads, slots] of the latents in `tile` [8, slots, 64] in local memory."""
+    """q·k [heads, slots] of the latents in `tile`, 8 blocks [slots, 64] in local memory."""
     heads: gl.constexpr = q[0].shape[0]
-    slots: gl.constexpr = tile.shape[1]
+    slots: gl.constexpr = tile[0].shape[0]
     sums, keys = (), ()
     for block in gl.static_range(_BLOCKS):
         if block % CHUNK == 0:
             keys = ()
             for each in gl.static_range(CHUNK):
-                keys = keys + (tile.index(block + each).permute([1, 0]).load(KEY),)
+                keys = keys + (tile[block + each].permute([1, 0]).load(KEY),)
         before = gl.zeros([heads, slots], gl.float32, MMA) if block < SUMS else sums[0]
         # The oldest sum is first: it is taken from the front and comes back at the end.
         rest = sums if block < SUMS else sums[1:]
@@ -192,7 +192,9 @@ def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, zero_ptr, window_ptr, window_slot
         TILE: gl.constexpr = gl.PaddedSharedLayout.with_identity_for([[_BLOCK, 8]], [BLOCK_K, _BLOCK], [1, 0])
     else:
         TILE: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 8, [1, 0])
-    tile_memory = gl.allocate_shared_memory(gl.bfloat16, [_BLOCKS, BLOCK_K, _BLOCK], TILE)
+    tile_memory = ()  # a piece a block: the compiler puts a barrier between two stores to one
+    for block in gl.static_range(_BLOCKS):
+        tile_memory = tile_memory + (gl.allocate_shared_memory(gl.bfloat16, [BLOCK_K, _BLOCK], TILE),)
     absent_memory = gl.allocate_shared_memory(gl.float32, [BLOCK_K], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     maximum_memory = gl.allocate_shared_memory(gl.float32, [BLOCK_H, BLOCK_K // 4],
                                                gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
@@ -224,8 +226,8 @@ def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, zero_ptr, window_ptr, window_slot
             slot = _tile_slots(tile + 1, end, window_tiles, window_slots_ptr, compressed_slots_ptr, window_count,
                                compressed_count, place)
         for block in gl.static_range(_NOPE_BLOCKS):
-            tile_memory.index(block).store(_dequantised(got[block], got[_NOPE_BLOCKS + 1], block, LOAD))
-        tile_memory.index(_NOPE_BLOCKS).store(got[_NOPE_BLOCKS])
+            tile_memory[block].store(_dequantised(got[block], got[_NOPE_BLOCKS + 1], block, LOAD))
+        tile_memory[_NOPE_BLOCKS].store(got[_NOPE_BLOCKS])
         absent_memory.store(got[_NOPE_BLOCKS + 2])
         if AHEAD:
             got = _tile_bytes(tile + 1, slot, window_tiles, window_ptr, compressed_ptr, zero_ptr, window_page_bytes,
@@ -241,7 +243,7 @@ def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, zero_ptr, window_ptr, window_slot
         p = gl.convert_layout(p.to(gl.bfloat16), PROBABILITY)
         updated = ()
         for block in gl.static_range(_BLOCKS):
-            value = tile_memory.index(block).load(VALUE)
+            value = tile_memory[block].load(VALUE)
             updated = updated + (gl.amd.cdna4.mfma(p, value, o[block] * decay[:, None]),)
         o, amax = updated, new_amax
 

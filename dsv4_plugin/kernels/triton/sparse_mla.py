@@ -9,7 +9,7 @@ Floor of one token in one layer, n slots and h heads: 584 n + 2·1024 h bytes an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -43,18 +43,21 @@ class Tile:
     heads: int
     slots: int
     warps: int
-    stages: int = 1
-    workgroups: int = 2
+    workgroups: int
     """Programs a compute unit holds: what the split count fills."""
+    options: dict[str, int] = field(default_factory=dict)
+    """Compiler options."""
 
 
+_AMD = {"matrix_instr_nonkdim": 16}  # a wave has 16 heads of its own, so that no wave repeats a product
 # (architecture prefix, most heads a rank) -> tile; the first row that fits is taken.
 _TILE_TABLE: tuple[tuple[str, int, Tile], ...] = (
-    ("gfx", 16, Tile(16, 32, 4)),
-    ("gfx", 128, Tile(32, 32, 4)),
-    ("sm_", 16, Tile(16, 32, 4)),
-    ("sm_", 128, Tile(64, 32, 4)),
-    ("cpu", 128, Tile(16, 32, 1)),
+    ("gfx", 16, Tile(16, 32, 1, 4, _AMD)),
+    ("gfx", 32, Tile(32, 32, 2, 2, _AMD)),
+    ("gfx", 128, Tile(64, 32, 4, 1, _AMD)),
+    ("sm_", 16, Tile(16, 32, 4, 2)),
+    ("sm_", 128, Tile(32, 32, 8, 1)),
+    ("cpu", 128, Tile(16, 32, 1, 1)),
 )
 _COMPUTE_UNITS = {"gfx950": 256, "gfx942": 304, "sm_90": 132}
 
@@ -62,7 +65,7 @@ _COMPUTE_UNITS = {"gfx950": 256, "gfx942": 304, "sm_90": 132}
 def _tile(heads: int) -> Tile:
     arch = device.arch()
     return next((tile for prefix, most, tile in _TILE_TABLE if arch.startswith(prefix) and heads <= most),
-                Tile(16, 32, 4))
+                Tile(16, 32, 4, 1))
 
 
 def compute_units(tensor: Tensor) -> int:
@@ -81,7 +84,15 @@ def split_count(tokens: int, head_blocks: int, tiles: int, programs: int) -> int
 
 
 @triton.jit
-def _latent_block(data, exponents, present, block: tl.constexpr):
+def _pinned(x, CONSTRAINTS: tl.constexpr):
+    """`x`, kept where it is: no instruction, but the compiler will not compute it twice to spare a change of layout."""
+    if INTERPRETED:
+        return x
+    return tl.inline_asm_elementwise("", CONSTRAINTS, [x], dtype=tl.bfloat16, is_pure=False, pack=2)
+
+
+@triton.jit
+def _latent_block(data, exponents, present, block: tl.constexpr, PIN: tl.constexpr):
     """Channels 64·block .. 64·block+63 of a tile of latents [slots, 64]; absent ones are 0.
 
     `data` [slots] points at the latents' bytes, `exponents` int64 [slots] holds their scale bytes.
@@ -91,7 +102,7 @@ def _latent_block(data, exponents, present, block: tl.constexpr):
         raw = tl.load(data[:, None] + (block * _BLOCK + columns), mask=present[:, None], other=0)
         byte = (exponents >> (8 * block)) & 0xFF
         scale = (byte.to(tl.int32) << 23).to(tl.float32, bitcast=True)  # ue8m0: 2^(byte - 127)
-        return (fp8_to_fp32(raw) * scale[:, None]).to(_DOT)
+        return _pinned((fp8_to_fp32(raw) * scale[:, None]).to(_DOT), PIN)
     rope = (data + _NOPE).to(tl.pointer_type(tl.bfloat16))[:, None] + columns
     return tl.load(rope, mask=present[:, None], other=0.0).to(tl.float32).to(_DOT)
 
@@ -113,7 +124,7 @@ def _rounded(x, BF16: tl.constexpr):
 def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, window_ptr, window_slots_ptr, compressed_ptr, compressed_slots_ptr,
             window_count, compressed_count, window_page_bytes, compressed_page_bytes, heads, scale_log2,
             WINDOW_PAGE: tl.constexpr, COMPRESSED_PAGE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-            SPLITS: tl.constexpr, TILES: tl.constexpr):
+            SPLITS: tl.constexpr, TILES: tl.constexpr, PIN: tl.constexpr):
     """One split of BLOCK_H heads of one token: the output, or its part and base-2 log-sum-exp when SPLITS > 1."""
     token, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -156,7 +167,7 @@ def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, window_ptr, window_slots_ptr, com
         latents = ()
         logits = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
         for block in tl.static_range(_BLOCKS):
-            latents = latents + (_latent_block(data, exponents, present, block),)
+            latents = latents + (_latent_block(data, exponents, present, block, PIN),)
             logits = tl.dot(q[block], tl.trans(latents[block]), logits, input_precision="ieee")
         logits = tl.where(present[None, :], logits * scale_log2, float("-inf"))
         new_amax = tl.maximum(amax, tl.max(logits, 1))
@@ -226,9 +237,9 @@ def sparse_mla(q: Tensor, window_cache: PackedLatentCache, window: Tensor, compr
         compressed.contiguous(), window.shape[1], compressed.shape[1], window_cache.pages.stride(0),
         compressed_cache.pages.stride(0), heads, softmax_scale * LOG2_E,
         WINDOW_PAGE=window_cache.slots_per_page, COMPRESSED_PAGE=compressed_cache.slots_per_page, BLOCK_H=tile.heads,
-        BLOCK_K=tile.slots, SPLITS=splits,
+        BLOCK_K=tile.slots, SPLITS=splits, PIN="=r,0" if device.arch().startswith("sm_") else "=v,0",
         TILES=max(TILES, triton.next_power_of_2(triton.cdiv(compressed.shape[1], tile.slots))),
-        num_warps=tile.warps, num_stages=tile.stages)
+        num_warps=tile.warps, num_stages=1, **tile.options)
     if splits > 1:
         combine[(tokens * heads,)](part, lse, sink, out, heads, SPLITS=splits, num_warps=4)
     return out

@@ -7,7 +7,8 @@ from registry import Case, Units
 
 from dsv4_plugin.cache.layout import entries_per_page, latent_page_bytes
 from dsv4_plugin.cache.stores import PackedLatentCache
-from dsv4_plugin.kernels.triton.sparse_mla import sparse_mla
+from dsv4_plugin.kernels.gluon import sparse_mla as gluon
+from dsv4_plugin.kernels.triton import sparse_mla as triton
 
 _POOL_BYTES = 3 << 30  # over 2 GiB, as in production: 64-bit addresses
 
@@ -18,13 +19,13 @@ def _cache(ratio: int) -> PackedLatentCache:
     return PackedLatentCache(torch.empty(_POOL_BYTES // page, page, dtype=torch.uint8, device="meta"), slots)
 
 
-def _call(tokens: int, heads: int, entries: int, ratio: int) -> torch.Tensor:
+def _call(kernel, tokens: int, heads: int, entries: int, ratio: int) -> torch.Tensor:
     def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     compressed = (_cache(ratio), meta(tokens, entries, dtype=torch.int64)) if ratio else (None, None)
-    return sparse_mla(meta(tokens, heads, 512, dtype=torch.bfloat16), _cache(0), meta(tokens, 128, dtype=torch.int64),
-                      *compressed, meta(heads, dtype=torch.float32), 512**-0.5)
+    return kernel.sparse_mla(meta(tokens, heads, 512, dtype=torch.bfloat16), _cache(0),
+                             meta(tokens, 128, dtype=torch.int64), *compressed, meta(heads, dtype=torch.float32), 512**-0.5)
 
 
 def _units(constants) -> Units:
@@ -32,21 +33,20 @@ def _units(constants) -> Units:
     return Units("slot*head", constants["BLOCK_K"] * constants["BLOCK_H"], 2 * 512)
 
 
-def _case(name: str, tokens: int, heads: int, entries: int, ratio: int) -> Case:
-    return Case(name, lambda: _call(tokens, heads, entries, ratio), matrix={"_attend": "16-bit"},
-                units={"_attend": _units})
-
-
-CASES = [
-    _case("decode/16-heads/4-tokens", 4, 16, 1024, 4),
-    _case("decode/16-heads/64-tokens", 64, 16, 1024, 4),
-    _case("decode/16-heads/512-tokens", 512, 16, 1024, 4),
-    _case("decode/16-heads/64-tokens/c128", 64, 16, 8192, 128),
-    _case("decode/16-heads/64-tokens/window", 64, 16, 0, 0),
-    _case("decode/128-heads/4-tokens", 4, 128, 1024, 4),
-    _case("decode/128-heads/256-tokens", 256, 128, 1024, 4),
-    _case("decode/64-heads/64-tokens", 64, 64, 512, 4),
-    _case("decode/8-heads/64-tokens", 64, 8, 512, 4),
-    _case("prefill/16-heads/4096-tokens", 4096, 16, 1024, 4),
-    _case("prefill/128-heads/4096-tokens", 4096, 128, 1024, 4),
+# (name, tokens, heads, compressed entries, ratio, most issue cycles a slot and head on gfx950)
+_SHAPES = [
+    ("decode/16-heads/4-tokens", 4, 16, 1024, 4, 1.5),
+    ("decode/16-heads/512-tokens", 512, 16, 1024, 4, 1.5),
+    ("decode/16-heads/64-tokens/c128", 64, 16, 8192, 128, 1.5),
+    ("decode/16-heads/64-tokens/window", 64, 16, 0, 0, 1.5),
+    ("decode/32-heads/64-tokens", 64, 32, 512, 4, 1.5),
+    ("decode/128-heads/4-tokens", 4, 128, 1024, 4, 1.0),
+    ("decode/128-heads/256-tokens", 256, 128, 1024, 4, 1.0),
+    ("prefill/16-heads/4096-tokens", 4096, 16, 1024, 4, 1.5),
+    ("prefill/128-heads/4096-tokens", 4096, 128, 1024, 4, 1.0),
 ]
+CASES = [Case(f"gluon/{name}", lambda shape=shape: _call(gluon, *shape), matrix={"_attend": "16-bit"},
+              units={"_attend": _units}, workgroups={"_attend": 2}, issue={"_attend": most}, archs=("gfx950",))
+         for name, *shape, most in _SHAPES]
+CASES += [Case(f"triton/{name}", lambda shape=shape: _call(triton, *shape), matrix={"_attend": "16-bit"},
+               units={"_attend": _units}) for name, *shape, _ in (_SHAPES[1], _SHAPES[2], _SHAPES[5], _SHAPES[6])]
