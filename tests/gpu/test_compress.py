@@ -43,7 +43,8 @@ class Case:
 
     def make_cache(self):
         if self.dim == 128:
-            return PackedIndexCache(torch.full((self.pages, index_page_bytes()), 0xA5, dtype=torch.uint8, device=DEVICE))
+            return PackedIndexCache(torch.full((self.pages, index_page_bytes()), 0xA5, dtype=torch.uint8,
+                                               device=DEVICE))
         slots = entries_per_page(self.ratio)
         return PackedLatentCache(torch.full((self.pages, latent_page_bytes(slots)), 0xA5, dtype=torch.uint8,
                                             device=DEVICE), slots)
@@ -84,7 +85,8 @@ def test_graph_replay_equals_eager(ratio, dim):
     later = Case(ratio, dim, [length, length - 1, length - 1], [1] * 3, True)
     cache, ring = case.make_cache(), case.ring.clone()
     cos, sin = case.rotations()
-    arguments = (case.projected, ring, case.rows, case.ape, case.weight, 1e-6, cos, sin, cache, torch.bfloat16, dim == 128)
+    arguments = (case.projected, ring, case.rows, case.ape, case.weight, 1e-6, cos, sin, cache, torch.bfloat16,
+                 dim == 128)
     kernel(*arguments)  # compiles before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,4 +1,4 @@
-"""Random ragged batches over paged tables, as the host's scheduler makes them, for tests of kernels that read a plan."""
+"""Random ragged batches over paged tables, as the host's scheduler makes them, for kernels that read a plan."""
 
 from __future__ import annotations
 

@@ -140,6 +140,7 @@ def test_ring_row_beyond_two_gigabytes():
     kept[-1] = row
     case.rows = dataclasses.replace(case.rows, ring_write_row=kept)
     cos, sin = rotation(case.rows.position, FREQUENCIES)
-    compress.implementations["triton"].load()(case.projected, case.ring, case.rows, case.ape, case.weight, EPS, cos, sin,
-                                              make_cache(4, 512, case.pages), torch.bfloat16, False)
+    kernel = compress.implementations["triton"].load()
+    kernel(case.projected, case.ring, case.rows, case.ape, case.weight, EPS, cos, sin, make_cache(4, 512, case.pages),
+           torch.bfloat16, False)
     assert torch.equal(case.ring[row], case.projected[-1])

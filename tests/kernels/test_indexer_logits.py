@@ -42,7 +42,7 @@ def assert_same(case: tuple) -> None:
     torch.testing.assert_close(got[seen], want[seen], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("heads, queries", [(16, 1), (64, 2), (16, 4)])
+@pytest.mark.parametrize("heads, queries", [(16, 1), (64, 2), (16, 4), (5, 2)])
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 def test_matches_reference(batch, heads, queries, monkeypatch):
     """Keys that no row sees are NaN: one that is read and not masked shows."""

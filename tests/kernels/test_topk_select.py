@@ -34,10 +34,12 @@ def test_released_sizes(topk):
 
 
 @pytest.mark.parametrize("logits", [
-    torch.zeros(2, 3000), torch.full((2, 3000), -1e30), torch.arange(6000.0).view(2, 3000), -torch.arange(6000.0).view(2, 3000),
+    torch.zeros(2, 3000), torch.full((2, 3000), -1e30),
+    torch.arange(6000.0).view(2, 3000), -torch.arange(6000.0).view(2, 3000),
     normal(2, 3000).round(), normal(2, 3000) * 1e-40, normal(2, 3000).mul(40).exp(), -normal(2, 3000).mul(40).exp(),
-    torch.where(normal(2, 3000) > 0, 0.0, -0.0), normal(2, 3000).masked_fill(normal(2, 3000, seed=1) > -1, float("-inf")),
-], ids=["zeros", "equal", "ascending", "descending", "ties", "denormal", "huge", "huge negative", "signed zeros", "-inf"])
+    torch.where(normal(2, 3000) > 0, 0.0, -0.0),
+    normal(2, 3000).masked_fill(normal(2, 3000, seed=1) > -1, float("-inf")),
+], ids=["zeros", "equal", "ascending", "descending", "ties", "denormal", "huge", "huge negative", "signed zeros", "inf"])
 def test_values(logits):
     """Ties go to the lowest numbers; signed zeros are equal; -inf of a visible entry is a value."""
     assert_same(logits, [3000, 2999], 512)

@@ -27,6 +27,7 @@ _RATIO = tl.constexpr(4)
 _DIM = tl.constexpr(layout.INDEX_DIM)
 _PAGE_ENTRIES = tl.constexpr(layout.INDEX_PAGE_ENTRIES)
 _SCAN = 1024
+_LEAST_HEADS = 16  # columns of the smallest product
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,15 @@ def _relu(x):
 
 @triton.jit
 def _score(q, weights, keys, key_scales, position, page_row, logits, row, count, first_block, last_block, entries,
-           page_bytes, HEADS: tl.constexpr, QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, FNUZ: tl.constexpr):
+           page_bytes, HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+           FNUZ: tl.constexpr):
     """Logits of rows `row` .. `row + count - 1` at blocks `first_block` .. `last_block - 1` of their request."""
     member = tl.arange(0, QUERIES)
     visible = (tl.load(position + row + member, mask=member < count, other=-1) + 1) // _RATIO
     most = tl.max(visible, 0)
-    column, channel = tl.arange(0, QUERIES * HEADS), tl.arange(0, _DIM)
-    real = column // HEADS < count
-    at = row * HEADS + column
+    column, channel = tl.arange(0, QUERIES * BLOCK_HEADS), tl.arange(0, _DIM)
+    real = (column // BLOCK_HEADS < count) & (column % BLOCK_HEADS < HEADS)
+    at = (row + column // BLOCK_HEADS) * HEADS + column % BLOCK_HEADS
     query = _operand(tl.load(q + at[None, :] * _DIM + channel[:, None], mask=real[None, :], other=0.0), FNUZ)
     weight = tl.load(weights + at, mask=real, other=0.0) * (4.0 if FNUZ else 1.0)
     for block in range(first_block, last_block):
@@ -121,15 +123,15 @@ def _score(q, weights, keys, key_scales, position, page_row, logits, row, count,
         key = _operand(tl.load(keys + (start + within * _DIM)[:, None] + channel[None, :]), FNUZ)
         scale = tl.load(key_scales + (start + _PAGE_ENTRIES * _DIM) // 4 + within)
         score = _relu(tl.dot(key, query)) * weight[None, :]
-        score = tl.sum(tl.reshape(score, (BLOCK_KEYS, QUERIES, HEADS)), 2) * scale[:, None]
+        score = tl.sum(tl.reshape(score, (BLOCK_KEYS, QUERIES, BLOCK_HEADS)), 2) * scale[:, None]
         tl.store(logits + (row + member)[None, :] * entries + entry[:, None], score,
                  mask=entry[:, None] < visible[None, :])
 
 
 @triton.jit
 def indexer_logits_kernel(q, weights, keys, key_scales, position, request, query, page_table, logits, tokens, entries,
-                          pages, page_bytes, HEADS: tl.constexpr, QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-                          SCAN: tl.constexpr, FNUZ: tl.constexpr):
+                          pages, page_bytes, HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, QUERIES: tl.constexpr,
+                          BLOCK_KEYS: tl.constexpr, SCAN: tl.constexpr, FNUZ: tl.constexpr):
     """Grid: any number of programs; each takes an even share of the tiles of all rows."""
     row, block, left = _share(position, query, tokens, QUERIES, BLOCK_KEYS, SCAN)
     member = tl.arange(0, QUERIES)
@@ -140,7 +142,7 @@ def indexer_logits_kernel(q, weights, keys, key_scales, position, request, query
         last = tl.cdiv((tl.load(position + row) + QUERIES) // _RATIO, BLOCK_KEYS)
         run = tl.minimum(last - block, left)
         _score(q, weights, keys, key_scales, position, page_table + owner * pages, logits, row, count, block,
-               block + run, entries, page_bytes, HEADS, QUERIES, BLOCK_KEYS, FNUZ)
+               block + run, entries, page_bytes, HEADS, BLOCK_HEADS, QUERIES, BLOCK_KEYS, FNUZ)
         left -= run
         block = tl.zeros((), tl.int64)
         row += count
@@ -162,7 +164,7 @@ def indexer_logits(q: Tensor, weights: Tensor, cache: PackedIndexCache, plan: St
         indexer_logits_kernel[(_programs(config, tokens, entries, q.device),)](
             q.contiguous().view(codes), weights.contiguous(), pages.view(codes), pages.view(torch.float32),
             plan.position, plan.request, plan.query, plan.page_table, logits, tokens, entries,
-            plan.page_table.stride(0), pages.stride(0), HEADS=heads, QUERIES=config.queries,
-            BLOCK_KEYS=config.block_keys, SCAN=min(_SCAN, triton.next_power_of_2(tokens)), FNUZ=fnuz,
+            plan.page_table.stride(0), pages.stride(0), HEADS=heads,
+            BLOCK_HEADS=max(_LEAST_HEADS, triton.next_power_of_2(heads)), QUERIES=config.queries, BLOCK_KEYS=config.block_keys, SCAN=min(_SCAN, triton.next_power_of_2(tokens)), FNUZ=fnuz,
             num_warps=config.num_warps, num_stages=config.num_stages)
     return logits

@@ -49,7 +49,7 @@ def _ring_row(slot_table, table_stride, full_to_window, row, position, present, 
 def rows_kernel(positions, requests, out_slots, prefix_lens, seq_lens, slot_table, table_stride, slot_rows,
                 full_to_window, queries, window_writes, windows, kept_4, kept_128, RING_4: tl.constexpr,
                 RING_128: tl.constexpr):
-    """Grid (T): what a row of the step writes and sees in the window, and where the rings keep it; a ring of 0 is none."""
+    """Grid (T): what a row writes and sees in the window, and where the rings keep it; a ring of 0 is none."""
     token = tl.program_id(0).to(tl.int64)
     position, request = tl.load(positions + token), tl.load(requests + token)
     row = tl.load(slot_rows + request).to(tl.int64)

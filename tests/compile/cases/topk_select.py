@@ -7,7 +7,8 @@ from dsv4_plugin.kernels.triton.topk_select import topk_select
 
 
 def _launch(tokens: int, entries: int, topk: int):
-    topk_select(torch.empty(tokens, entries, device="meta"), torch.empty(tokens, dtype=torch.int64, device="meta"), topk)
+    logits = torch.empty(tokens, entries, device="meta")
+    topk_select(logits, torch.empty(tokens, dtype=torch.int64, device="meta"), topk)
 
 
 CASES = [Case(name, lambda a=size: _launch(*a))
