@@ -92,7 +92,7 @@ class DeepseekV4ForCausalLM(nn.Module):
     def get_embed_and_head(self) -> tuple[Tensor, Tensor]:
         return self.model.embed.weight, self.model.head.weight
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: the host's sampler changes the logits in place
     def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: ForwardBatch) -> LogitsProcessorOutput:
         """Logits of the rows the batch asks for. `positions` are in the step plan already."""
         backend = get_attn_backend()

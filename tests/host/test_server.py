@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,10 +18,12 @@ SAME_MAX = 2e-4
 
 
 @pytest.fixture(scope="module", params=[
-    # Chunks that start inside windows of 128 and 4 tokens, and a pool too small for what runs at once.
+    # A pool too small for what runs at once.
     pytest.param(("--chunked-prefill-size", "256", "--max-total-tokens", "2048", "--swa-full-tokens-ratio", "1.0",
                   "--schedule-conservativeness", "0.01"), id="chunks-and-retraction"),
-    pytest.param(("--tp", "2", "--disable-radix-cache"), id="tp2-no-radix"),
+    # Chunks mixed with decode rows, which start anywhere inside windows of 128 and 4 tokens.
+    pytest.param(("--tp", "2", "--disable-radix-cache", "--chunked-prefill-size", "256", "--enable-mixed-chunk"),
+                 id="tp2-mixed-chunks-no-radix"),
 ])
 def server(request, golden_dir, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
@@ -82,3 +86,26 @@ def test_decoding_equals_scoring(server, golden_sequences):
         assert differences(output_logprobs(reply), input_logprobs(again)[-count:]).max() < SAME_MAX
     if server.small_pool:
         assert "Retract requests" in server.log.read_text()
+
+
+def test_a_mixture_of_requests_decodes_what_it_would_alone(server, golden_sequences):
+    """Shared prefixes of any length, odd tails, few and many new tokens, and a sampling request aborted while it runs."""
+    chance = random.Random(3)
+    shared = golden_sequences[0][0]
+
+    def some_request():
+        prompt = shared[:chance.randrange(1, 640)] + [chance.randrange(2, 512) for _ in range(chance.randrange(40))]
+        return prompt, chance.randrange(1, 24)
+
+    requests = [some_request() for _ in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        gone = pool.submit(server.request, "/generate", {
+            "rid": "gone", "input_ids": shared[:300], "sampling_params": {"max_new_tokens": 1000, "ignore_eos": True}})
+        replies = pool.map(lambda request: server.generate(*request, logprob_start=-1), requests)
+        time.sleep(1)
+        server.request("/abort_request", {"rid": "gone"})
+        replies = list(replies)
+        assert gone.result()["meta_info"]["finish_reason"]["type"] == "abort"
+    for (prompt, count), reply in zip(requests, replies):
+        again = server.generate(prompt + output_ids(reply), logprob_start=max(len(prompt) - 1, 0))
+        assert differences(output_logprobs(reply), input_logprobs(again)[-count:]).max() < SAME_MAX
