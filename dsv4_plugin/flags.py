@@ -60,10 +60,14 @@ class Flag:
 
 @dataclass(frozen=True)
 class Setting:
-    """The value that a switch has, and what gave it: "default", or the variable and its value."""
+    """The value that a switch has, and what gave it: "default", or the variable and its value.
+
+    One that `yields` is a profile's: where this machine or this version cannot follow it, auto decides, and it is logged.
+    """
 
     value: str
     source: str = "default"
+    yields: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,8 @@ FLAGS: tuple[Flag, ...] = (
          "File for the report of what ran (JSON).", "a path; empty: dsv4/active-PORT.json in SGLang's cache directory"),
     Flag("DSV4_PROFILE", tuple(profiles()), AUTO,
          "Implementations of all operators at once. safe: torch references; a date: what the side branch ran at that "
-         "milestone of the published MI355X curves."),
+         "milestone of the published MI355X curves, as far as this version and machine have it (auto for the rest, "
+         "which is logged)."),
     *_operator_rows(),
     Flag(ADOPTED, re.compile(r".*"), "",
          "Set by the plugin for its worker processes: the foreign variables that the user had set, before SGLang "
@@ -223,7 +228,7 @@ def _operator_setting(operator: str, own: str | None, environ: Mapping[str, str]
         return asked[0]
     profile = read("DSV4_PROFILE", environ)
     chosen = profiles()[profile]["operators"].get(operator)
-    return Setting(AUTO) if chosen is None else Setting(chosen, f"DSV4_PROFILE={profile}")
+    return Setting(AUTO) if chosen is None else Setting(chosen, f"DSV4_PROFILE={profile}", yields=True)
 
 
 def foreign(environ: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -65,8 +65,8 @@ class StepPlan:
 
     @property
     def phase(self) -> str:
-        """"decode" when no request has more than one row, else "prefill"."""
-        return "decode" if self.max_queries <= 1 else "prefill"
+        """"decode" or "prefill"."""
+        return phase(self.max_queries)
 
     def visible(self, ratio: int) -> Tensor:
         """int64 [T]: number of compressed entries the row sees, (position + 1) // ratio."""
@@ -83,6 +83,11 @@ class StepPlan:
         slots = self.request_slots(128)[self.request]
         seen = torch.arange(slots.shape[1], device=slots.device) < self.visible(128).unsqueeze(-1)
         return slots.masked_fill(~seen, -1)
+
+
+def phase(max_queries: int) -> str:
+    """"decode" for a step in which no request has more than one row, else "prefill"."""
+    return "decode" if max_queries <= 1 else "prefill"
 
 
 def static_windows(tokens: int, requests: int, ratio: int) -> int:

@@ -16,6 +16,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from .. import flags
 from ..config import Precision
 from ..ops import build_step_plan
+from ..ops.operator import enter_step
 from ..ops.step_plan import StepPlan
 from .pool import pool_caches, ring_rows
 
@@ -43,8 +44,8 @@ class Backend(AttentionBackend):
 
     def plan(self, forward_batch: ForwardBatch) -> StepPlan:
         """The plan of the step in progress; an idle step, for which the host prepares nothing, gets an empty one."""
-        if self.forward_metadata is None:
-            self.forward_metadata = self._plan(forward_batch)
+        if forward_batch.forward_mode.is_idle():
+            return self._plan(forward_batch)
         return self.forward_metadata
 
     def get_cpu_graph_seq_len_fill_value(self) -> int:
@@ -63,6 +64,7 @@ class Backend(AttentionBackend):
             max_queries = max(batch.extend_seq_lens_cpu, default=0)
         else:
             prefix, request, max_queries = seq_lens - 1, requests, min(seq_lens.shape[0], 1)
+        enter_step(max_queries)
         return build_step_plan(
             batch.positions.to(torch.int64), request, batch.out_cache_loc.to(torch.int64),
             prefix_lens=prefix, seq_lens=seq_lens, slot_table=self.req_to_token_pool.req_to_token,

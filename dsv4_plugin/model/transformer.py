@@ -13,7 +13,7 @@ from ..cache import Caches
 from ..config import Geometry, Precision
 from ..ops import mhc_head, mhc_post, mhc_pre
 from ..ops.block_fp8_linear import linear_fp32
-from ..ops.operator import HERE
+from ..ops.operator import HERE, enter_step
 from ..ops.rms_norm_quant import rms_norm
 from ..ops.rope import inverse_frequencies
 from ..ops.step_plan import StepPlan
@@ -65,6 +65,7 @@ class HeadCollapse:
 
     def collapse(self, streams: Tensor) -> Tensor:
         """Input of the head [T, d] of `streams` [T, 4, d], in their dtype."""
+        HERE.layer = HERE.ratio = -1
         hidden = mhc_head(streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.hc_eps, self.eps)
         return rms_norm(hidden, self.norm.weight, self.eps)
 
@@ -113,7 +114,7 @@ class DeepseekV4(nn.Module, HeadCollapse):
             self.register_buffer(f"frequencies_{ratio}", inverse_frequencies(geometry, ratio).to(build.device), False)
 
     def _step(self, token_ids: Tensor, plan: StepPlan, caches: Caches) -> Step:
-        HERE.phase, HERE.layer, HERE.ratio = plan.phase, -1, -1
+        enter_step(plan.max_queries)
         ratios = sorted(set(self.geometry.compress_ratios) & {0, *plan.compression})
         frequencies = {ratio: getattr(self, f"frequencies_{ratio}") for ratio in ratios}
         return Step(token_ids, plan, caches, rotations(plan, frequencies))

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import device, flags, report
+from ..cache.step_plan import phase
 from ..flags import AUTO, REFERENCE
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,11 @@ class _Place:
 
 
 HERE = _Place()
+
+def enter_step(max_queries: int) -> None:
+    """Says that a step begins whose requests have up to `max_queries` rows; what runs now is outside of layers."""
+    HERE.phase, HERE.layer, HERE.ratio = phase(max_queries), -1, -1
+
 
 _LAYER_KINDS = {-1: "model", 0: "window", 4: "c4", 128: "c128"}
 
@@ -153,14 +159,21 @@ class Operator:
         """
         self._layers, self._forced = flags.layers(self.name), flags.implementation(self.name)
         self.forget()
+        reason = self._unable()
+        if reason and self._forced.yields:
+            logger.warning("dsv4_plugin: %s: %s; auto decides", self._asked(), reason)
+            self._forced = flags.Setting(AUTO, self._forced.source)
+        elif reason:
+            raise SelectionError(f"{self._asked()} cannot run here: {reason}")
+
+    def _unable(self) -> str | None:
+        """Why the implementation that the flags ask for cannot run on this machine, or None."""
         wanted = self._forced.value
         if wanted in (AUTO, REFERENCE):
-            return
+            return None
         if wanted not in self.implementations:
-            known = ", ".join((REFERENCE, *self.implementations))
-            raise SelectionError(f"{self._asked()}: {self.name} has no such implementation; it has {known}")
-        if reason := self.implementations[wanted].unavailable():
-            raise SelectionError(f"{self._asked()} cannot run here: {reason}")
+            return f"{self.name} has no such implementation; it has {', '.join((REFERENCE, *self.implementations))}"
+        return self.implementations[wanted].unavailable()
 
     def forget(self) -> None:
         """Drops all choices and what was counted."""
@@ -205,7 +218,7 @@ class Operator:
                 fallback = True
             if reason is None:
                 return Choice(name, implementation.load(), rejected)
-            if wanted == name:
+            if wanted == name and not self._forced.yields:
                 raise SelectionError(f"{self._asked()} cannot run this call of {self.name}: {reason}")
             rejected[name] = reason
         if fallback:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..cache import PAGE_TOKENS
 from ..model import DeepseekV4
 from ..ops import build_step_plan, sample_greedy
+from ..ops.operator import enter_step
 from ..ops.step_plan import StepPlan
 from .pool import Pages, PoolFull, make_caches
 
@@ -86,9 +87,10 @@ class Engine:
         position = prefix[request] + torch.arange(request.shape[0]) - first
         row = torch.tensor([sequence.row for sequence, _ in batch], dtype=torch.int64)
         position, request, prefix, lens, row = (t.to(self.device) for t in (position, request, prefix, seq_lens, row))
+        max_queries = max(counts.tolist(), default=0)
+        enter_step(max_queries)
         return build_step_plan(position, request, self._slots[row[request], position], prefix, lens, self._slots, row,
-                               self._full_to_window, max(counts.tolist(), default=0),
-                               max(seq_lens.tolist(), default=0))
+                               self._full_to_window, max_queries, max(seq_lens.tolist(), default=0))
 
     @torch.inference_mode()
     def forward(self, batch: list[tuple[Sequence, list[int]]]) -> Tensor:

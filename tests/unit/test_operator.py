@@ -118,7 +118,6 @@ def test_layers_leave_the_others_to_the_reference(moe, on_gpu, place, monkeypatc
 @pytest.mark.parametrize(("environ", "named"), [
     ({"DSV4_MOE": "triton"}, ["DSV4_MOE=triton cannot run here", "there is no GPU"]),
     ({"DSV4_MOE": "aiter"}, ["DSV4_MOE=aiter", "no such implementation", "reference, triton"]),
-    ({"DSV4_PROFILE": "2026-05-02"}, ["DSV4_MOE=aiter (from DSV4_PROFILE=2026-05-02)", "no such implementation"]),
     ({"SGLANG_FORCE_TRITON_MOE_FP8": "1"}, ["DSV4_MOE=triton (from SGLANG_FORCE_TRITON_MOE_FP8=1)", "there is no GPU"]),
 ])
 def test_what_is_forced_and_cannot_run_stops_the_start(moe, monkeypatch, environ, named):
@@ -128,6 +127,17 @@ def test_what_is_forced_and_cannot_run_stops_the_start(moe, monkeypatch, environ
         selection.configure()
     for part in named:
         assert part in str(error.value)
+
+
+def test_a_profile_yields_with_a_word_where_it_cannot_be_followed(moe, on_gpu, monkeypatch, caplog):
+    monkeypatch.setenv("DSV4_PROFILE", "2026-05-02")
+    moe.configure()
+    assert caplog.messages == ["dsv4_plugin: DSV4_MOE=aiter (from DSV4_PROFILE=2026-05-02): moe has no such "
+                               "implementation; it has reference, triton; auto decides"]
+    assert moe(rows(2), torch.ones(1)).sum() == 8
+    monkeypatch.setenv("DSV4_PROFILE", "safe")
+    moe.configure()
+    assert moe(rows(2), torch.ones(1)).sum() == 4
 
 
 def test_what_is_forced_never_falls_back_on_a_shape(moe, on_gpu, monkeypatch):
