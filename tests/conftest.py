@@ -34,7 +34,9 @@ def golden_geometry(golden_dir):
 @pytest.fixture(scope="session", params=["pro", "flash"])
 def released_config(request) -> dict:
     """config.json of a released model."""
-    return json.loads((DATA / "configs" / f"{request.param}.json").read_text())
+    import dsv4_plugin
+
+    return json.loads((Path(dsv4_plugin.__file__).parent / "bench" / "models" / f"{request.param}.json").read_text())
 
 
 @pytest.fixture(scope="session")

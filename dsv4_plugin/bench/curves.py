@@ -33,6 +33,8 @@ class Point:
     tpot_ms: float | None = None
     layout: str = ""
     source: str = ""
+    note: str = ""
+    """What a reader must know of this point: runs that differ, warnings of the benchmark."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def load_results(paths: Iterable[Path]) -> tuple[list[Curve], list[Path]]:
     """Curves of result files, and the JSON files in given directories that hold no result.
 
     A path is a JSON file (one result or a list), a JSON Lines file, or a directory searched for *.json and *.jsonl. Results
-    with the same label (or hardware, framework, precision, speculation and date), model and workload form one curve.
+    with the same label (or hardware, framework, precision, speculation and date), model, scenario and workload form one curve.
     Raises ResultError naming the file and the field.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -176,7 +178,13 @@ def _check(result: dict[str, Any], file: Path) -> None:
 def _key(result: dict[str, Any]) -> tuple[Any, ...]:
     configuration = result.get("label") or tuple(
         str(result.get(name, "")) for name in ("date", "hw", "framework", "precision", "spec_decoding"))
-    return configuration, result.get("model", ""), result["isl"], result["osl"]
+    return configuration, result.get("model", ""), _scenario(result), result["isl"], result["osl"]
+
+
+def _scenario(result: dict[str, Any]) -> str:
+    """How requests arrived where it was no closed loop, which is what results without the field are."""
+    scenario = str(result.get("scenario", ""))
+    return "" if scenario == "closed loop" else scenario
 
 
 def _curve(results: Sequence[dict[str, Any]]) -> Curve:
@@ -185,9 +193,10 @@ def _curve(results: Sequence[dict[str, Any]]) -> Curve:
     words = [str(first.get(name, "")) for name in ("date", "hw", "framework", "precision")]
     if spec.lower() not in ("", "none", "false"):
         words.append(spec)
+    label = str(first.get("label") or " ".join(word for word in words if word))
     hardware = str(first.get("hw", "unknown"))
     return Curve(
-        label=str(first.get("label") or " ".join(word for word in words if word)),
+        label=" ".join(word for word in (label, _scenario(first)) if word),
         points=tuple(sorted((_point(result) for result in results), key=lambda p: (p.layout, p.concurrency))),
         hardware=hardware.split("-")[0].upper(), gpus=_gpus(first), isl=int(first["isl"]), osl=int(first["osl"]),
         date=str(first.get("date", "")), framework=str(first.get("framework", "")),
@@ -206,7 +215,15 @@ def _point(result: dict[str, Any]) -> Point:
         input_tput_per_gpu=float(result.get("input_tput_per_gpu", total * isl / (isl + osl))),
         output_tput_per_gpu=float(result.get("output_tput_per_gpu", total * osl / (isl + osl))),
         tpot_ms=1000 * float(result["median_tpot"]) if "median_tpot" in result else 1000 / intvty,
-        layout=_layout(result), source=result["_file"])
+        layout=_layout(result), source=result["_file"], note=_note(result))
+
+
+def _note(result: dict[str, Any]) -> str:
+    spread = result.get("spread")
+    words = [f"{result['repeat']} runs within {100 * spread:.1f} %"] if isinstance(spread, (int, float)) and "repeat" in result else []
+    if result.get("unstable"):
+        words.append("UNSTABLE")
+    return "; ".join([*words, *map(str, result.get("warnings") or ())])
 
 
 def _layout(result: dict[str, Any]) -> str:

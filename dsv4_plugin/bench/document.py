@@ -118,10 +118,12 @@ class Report:
         return Section("Cost", tuple(lines), ((columns, rows),) if rows else ())
 
     def _points(self) -> Section:
+        noted = any(point.note for curve in self.curves for point in curve.points)
         rows = [[curve.column, point.layout, str(point.concurrency), number(point.tput_per_gpu), f"{point.intvty:.2f}",
-                 "" if point.tpot_ms is None else f"{point.tpot_ms:.2f}"] for curve in self.curves for point in curve.points]
+                 "" if point.tpot_ms is None else f"{point.tpot_ms:.2f}", *([point.note] if noted else [])]
+                for curve in self.curves for point in curve.points]
         sources = dict.fromkeys(point.source for curve in self.curves for point in curve.points if point.source)
-        columns = ("curve", "layout", "concurrency", "tokens/s/GPU", "tokens/s/user", "TPOT ms")
+        columns = ("curve", "layout", "concurrency", "tokens/s/GPU", "tokens/s/user", "TPOT ms", *(["note"] if noted else []))
         return Section("Points", tuple(f"Source: {source}" for source in sources), ((columns, rows),))
 
 

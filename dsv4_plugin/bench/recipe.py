@@ -34,6 +34,8 @@ class Arm:
     concurrency: tuple[int, ...]
     environment: Mapping[str, str]
     arguments: Mapping[str, Any]
+    not_served: str = ""
+    """Why this version of the plugin refuses to start it; `dsv4 recipe check` verifies that it does, and only then."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,14 @@ class Recipe:
     """Options of `dsv4 serve` itself, such as --cpu."""
     original: Original | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def not_served(self) -> str:
+        """What of it this version refuses to start: "" for nothing, a reason alone when no arm starts, otherwise by arm."""
+        marked = [arm for arm in self.arms if arm.not_served]
+        if len(marked) == len([arm for arm in self.arms if arm.role != "router"]):
+            return "; ".join(dict.fromkeys(arm.not_served for arm in marked))
+        return "; ".join(f"arm {arm.name}: {arm.not_served}" for arm in marked)
 
     def arm(self, name: str | None) -> Arm:
         """The arm of that name, or the only one. Raises RecipeError naming the arms."""
@@ -163,7 +173,7 @@ class _Reader:
         made = []
         for name, arm in arms.items():
             place = f"{where}.{name}"
-            self.fields(arm, place, {"concurrency": list}, {"environment": dict, "arguments": dict, "role": str})
+            self.fields(arm, place, {"concurrency": list}, {"environment": dict, "arguments": dict, "role": str, "not_served": str})
             role = arm.get("role", "server")
             if role not in ROLES:
                 raise self.fail(place, f"role is {role!r}; it must be {', '.join(ROLES)}")
@@ -172,7 +182,7 @@ class _Reader:
             own = self.arguments(arm.get("arguments", {}), place)
             made.append(Arm(name, role, tuple(arm["concurrency"]),
                             {**({} if role == "router" else common_environment), **self.environment(arm.get("environment", {}), place)},
-                            {**({} if role == "router" else common_arguments), **own}))
+                            {**({} if role == "router" else common_arguments), **own}, arm.get("not_served", "")))
         return tuple(made)
 
     def environment(self, mapping: Any, where: str) -> dict[str, str]:

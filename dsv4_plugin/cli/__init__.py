@@ -11,6 +11,7 @@ import argparse
 import ast
 import difflib
 import importlib
+import importlib.metadata
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -42,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("dsv4_plugin"):
             raise
-        return _fail(f"this command needs the Python package {error.name}, which is not installed; "
-                     "pip install 'dsv4_plugin[host]' brings what serving needs")
+        return _fail(f"this command needs the Python package {error.name}, which is not installed; {_remedy(error.name)}")
     except OSError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -52,6 +52,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not type(error).__module__.startswith("dsv4_plugin."):
             raise
         return _fail(str(error))
+
+
+_DISTRIBUTIONS = {"yaml": "pyyaml"}
+"""Modules whose distribution has another name."""
+_FOR_USERS = ("bench", "flydsl", "host")
+"""Extras that commands need, the smallest first."""
+
+
+def _remedy(module: str) -> str:
+    """The installation that brings a missing module: this package itself, or the extra that lists its distribution."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    top = module.partition(".")[0]
+    wanted = canonicalize_name(_DISTRIBUTIONS.get(top, top))
+    brought = [requirement for requirement in map(Requirement, importlib.metadata.requires("dsv4_plugin") or ())
+               if canonicalize_name(requirement.name) == wanted]
+    if any(requirement.marker is None for requirement in brought):
+        return "pip install dsv4_plugin brings it"
+    extras = [extra for extra in _FOR_USERS for requirement in brought if requirement.marker.evaluate({"extra": extra})]
+    # What no extra lists comes with SGLang or the machine.
+    return f"pip install 'dsv4_plugin[{extras[0] if extras else 'host'}]' brings it"
 
 
 def _parse(module, name: str, argv: list[str]) -> argparse.Namespace:

@@ -39,7 +39,8 @@ def _list(arguments: argparse.Namespace) -> int:
     width = max((len(recipe.name) for recipe in recipes), default=0)
     for recipe in recipes:
         state = recipe.measured if isinstance(recipe.measured, str) else f"measured at {recipe.measured['commit']}"
-        print(f"{recipe.name:<{width}}  {recipe.title} [{state.split(':')[0]}]")
+        print(f"{recipe.name:<{width}}  {recipe.title} [{state.split(':')[0]}]"
+              + (f" [not served by this version: {recipe.not_served}]" if recipe.not_served else ""))
     return 0
 
 
@@ -57,6 +58,8 @@ def _show(arguments: argparse.Namespace) -> int:
     for arm in chosen:
         print(f"\n# arm {arm.name}" + (f" ({arm.role})" if arm.role != "server" else "")
               + (f", concurrency {' '.join(map(str, arm.concurrency))}" if arm.concurrency else ""))
+        if arm.not_served:
+            print(f"# not served by this version: {arm.not_served}")
         if arguments.original:
             words = recipes.original_command(recipe, arm, arguments.concurrency)
         else:
@@ -91,6 +94,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     recipe = recipes.find_recipe(arguments.name, arguments.dir)
     arm = recipe.arm(arguments.arm)
+    if arm.not_served:
+        raise recipes.RecipeError(f"recipe {recipe.name}, arm {arm.name}: not served by this version: {arm.not_served}")
     problems = [problem for _, problem in _problems([(recipe, arm)])]
     if problems:
         raise recipes.RecipeError(f"recipe {recipe.name}: " + "; ".join(problems))
@@ -108,7 +113,8 @@ def _check(arguments: argparse.Namespace) -> int:
     found = _problems([(recipe, arm) for recipe in recipes for arm in recipe.arms])
     for recipe in recipes:
         problems = [problem for owner, problem in found if owner is recipe]
-        print(f"{recipe.name}: {'refused' if problems else 'ok'}")
+        mark = f", not served by this version: {recipe.not_served}" if recipe.not_served else ""
+        print(f"{recipe.name}: {'refused' if problems else 'ok'}{mark}")
         for problem in problems:
             print(f"  {problem}")
     return 1 if found else 0
@@ -133,7 +139,7 @@ def _problems(arms: list[tuple[Recipe, Arm]]) -> list[tuple[Recipe, str]]:
 
 
 def _resolved(launches: list[tuple[Recipe, Arm, list[str]]]) -> list[tuple[Recipe, str]]:
-    """What the host's own resolution changes, for models whose config.json is at hand."""
+    """What the host's own resolution changes, and marks `not_served` that are untrue, for models whose config.json is at hand."""
     import tempfile
 
     from ..bench.recipe import model_config
@@ -148,8 +154,21 @@ def _resolved(launches: list[tuple[Recipe, Arm, list[str]]]) -> list[tuple[Recip
                 place.mkdir()
                 (place / "config.json").write_text(config)
                 known.append((recipe, arm, ["--model-path", str(place), *words[2:]]))
-        answers = host.resolution_problems([words for _, _, words in known])
-    return [(recipe, f"arm {arm.name}: {reason}") for (recipe, arm, _), reasons in zip(known, answers) for reason in reasons]
+        answers = host.resolve([words for _, _, words in known])
+    return [(recipe, f"arm {arm.name}: {reason}") for (recipe, arm, _), answer in zip(known, answers)
+            for reason in (*answer.problems, *_mark_problems(arm, answer.refusal))]
+
+
+def _mark_problems(arm: Arm, refusal: str) -> list[str]:
+    """Whether an arm's mark `not_served` tells what this version would do with it, and for the reason it names."""
+    if refusal and not arm.not_served:
+        return [f"this version refuses to start it ({refusal.partition('. ')[0]}), and the recipe does not say so; add not_served"]
+    if arm.not_served and not refusal:
+        return [f"it is marked not_served ({arm.not_served}), but this version would start it; remove the mark"]
+    option = refusal.split(" ")[0]
+    if arm.not_served and option not in arm.not_served:
+        return [f"it is marked not_served ({arm.not_served}), which does not name what is refused: {refusal.partition('. ')[0]}"]
+    return []
 
 
 def _host_words(recipe: Recipe, arm: Arm) -> list[str]:

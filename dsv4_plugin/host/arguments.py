@@ -10,12 +10,16 @@ import argparse
 import difflib
 import functools
 import multiprocessing
+import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 from .. import flags
+from . import launch
 
 FOREIGN_PREFIXES = ("AITER_", "FLYDSL_", "TRITON_", "TILELANG_", "HIP_", "HSA_", "GPU_", "ROCM_", "NCCL_", "RCCL_", "MIOPEN_",
                     "CUDA_", "OMP_", "MKL_", "HF_", "TORCH_", "PYTORCH_", "PYTHON", "LD_")
@@ -129,34 +133,45 @@ def _names_in_source() -> frozenset[str]:
     return frozenset(words)
 
 
-def resolution_problems(launches: Sequence[Sequence[str]]) -> list[list[str]]:
-    """For each launch's words, the options that the host would silently change when it resolves them, or why it refuses.
+class Resolution(NamedTuple):
+    """What comes of a launch's words."""
+
+    problems: list[str]
+    """Options that the host would silently change, or why it refuses."""
+    refusal: str
+    """Why this plugin refuses what the host resolved them to; "" when it would serve."""
+
+
+def resolve(launches: Sequence[Sequence[str]]) -> list[Resolution]:
+    """What the host and this plugin make of each launch's words.
 
     `--model-path` must be a directory that holds a config.json; no weight and no tokenizer is read. Resolution writes to the
     environment and to the host's globals, so each launch is resolved in a forked process. It asks for what this
     machine has: branches for GPUs that are not here are not taken.
     """
     _parser()
-    from sglang.srt.arg_groups import pipeline  # noqa: F401  imported once, before the forks
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sglang.srt.arg_groups import pipeline  # noqa: F401  imported once, before the forks
 
     context = multiprocessing.get_context("fork")
     with context.Pool(1, maxtasksperchild=1) as pool:
         return pool.map(_resolve, [list(words) for words in launches], chunksize=1)
 
 
-def _resolve(words: list[str]) -> list[str]:
+def _resolve(words: list[str]) -> Resolution:
     import logging
 
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
     from sglang.srt.server_args import ServerArgs
 
     asked = _parser().parse_args([*words, "--skip-tokenizer-init"])
     server = ServerArgs.from_cli_args(asked)
-    logging.disable(logging.CRITICAL)
-    warnings.simplefilter("ignore")
     try:
         server.resolve_once()
     except Exception as error:
-        return [f"SGLang {host_version()} refuses it: {error}"]
+        return Resolution([f"SGLang {host_version()} refuses it: {error}"], "")
     resolved = server.resolved_dict()
     problems = []
     for word in words:
@@ -168,4 +183,14 @@ def _resolve(words: list[str]) -> list[str]:
         shared = action.dest == "chunked_prefill_size" and got * resolved["attn_dp_size"] == wanted
         if got != wanted and not shared:
             problems.append(f"{word} {wanted} would become {got}: SGLang {host_version()} overrides it for this model")
-    return problems
+    return Resolution(problems, _refusal(SimpleNamespace(**resolved)))
+
+
+def _refusal(resolved: SimpleNamespace) -> str:
+    """The sentence with which the start-up of this plugin refuses resolved arguments; called in a process of its own."""
+    os.environ["DSV4_DEVICE"] = "cpu" if resolved.device == "cpu" else "auto"  # as `dsv4 serve` sets it
+    try:
+        launch.check_arguments(resolved)
+    except launch.LaunchError as error:
+        return str(error)
+    return ""

@@ -130,6 +130,7 @@ def test_original_command_names_the_model():
     ({"environment": {"A": True}}, "A is True; quote the text"),
     ({"published": {"curve": "2026-01-01"}}, "the shipped ones are 2026-04-25"),
     ({"published": {"points": []}}, "points with their source"),
+    ({"arms": {"tp": {"concurrency": [1], "not_served": True}}}, "not_served is True; it must be text"),
     ({"measured": "fast"}, "write 'not measured'"),
     ({"measured": {"commit": "abc"}}, "measured lacks date, machine, points"),
     ({"accuracy": {"task": "gsm8k"}}, "accuracy lacks threshold, source"),
@@ -193,19 +194,50 @@ class TestAgainstTheInstalledHost:
 
     def test_variables_that_are_read_pass(self, recipe_file):
         # Declared by the host, read by it undeclared, of another program, ours.
-        environment = {"SGLANG_DEFAULT_THINKING": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1", "AITER_BF16_FP8_MOE_BOUND": "0", "DSV4_MOE": "auto"}
+        environment = {"SGLANG_DEFAULT_THINKING": "1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1", "AITER_BF16_FP8_MOE_BOUND": "0", "DSV4_ROUTE": "auto"}
         assert main(["recipe", "check", str(recipe_file(environment=environment))]) == 0
 
     @pytest.mark.parametrize("recipe", [r for r in SHIPPED if r.original], ids=lambda recipe: recipe.name)
     def test_the_side_branch_variables_of_that_day_are_understood_or_explained(self, recipe):
-        """A user who still has the branch's exports set gets them mapped, explained or passed to the host; none is unknown."""
+        """A user who still has the branch's exports set gets them mapped, explained or passed to the host; none is unknown.
+
+        Some days set two variables that this plugin takes for two choices of one operator, and says so.
+        """
         from dsv4_plugin.host import arguments
 
-        assert arguments.environment_problems(recipe.original.environment) == []
+        problems = arguments.environment_problems(recipe.original.environment)
+        assert [problem for problem in problems if "contradict each other" not in problem] == []
 
     def test_an_option_that_serve_lacks_is_refused(self, recipe_file, capsys):
         assert main(["recipe", "check", str(recipe_file(serve=["--gpu"]))]) == 1
         assert "dsv4 serve has no option --gpu" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("arguments, mark, complaint", [
+        ({"attn-dp-size": 8}, None, "this version refuses to start it (--attn-dp-size"),
+        ({"speculative-algorithm": "EAGLE", "speculative-num-steps": 3, "speculative-eagle-topk": 1, "speculative-num-draft-tokens": 4}, None,
+         "this version refuses to start it (--speculative-algorithm"),
+        ({"disaggregation-mode": "prefill"}, None, "this version refuses to start it (--disaggregation-mode"),
+        ({}, "--attn-dp-size", "this version would start it; remove the mark"),
+        ({"attn-dp-size": 8}, "--speculative-algorithm", "does not name what is refused: --attn-dp-size"),
+        ({"attn-dp-size": 8}, "--attn-dp-size (data-parallel attention)", None),
+        ({}, None, None),
+    ])
+    def test_a_mark_not_served_is_verified_in_both_directions(self, recipe_file, capsys, arguments, mark, complaint):
+        arm = {"concurrency": [1], "arguments": {"tp-size": 8, "trust-remote-code": True, **arguments}, **({"not_served": mark} if mark else {})}
+        assert main(["recipe", "check", str(recipe_file(arms={"tp": arm}))]) == (1 if complaint else 0)
+        shown = capsys.readouterr().out
+        assert complaint is None or complaint in shown
+        assert (f"not served by this version: {mark}" in shown) == bool(mark)
+
+    def test_a_marked_arm_is_listed_shown_and_not_run(self, recipe_file, capsys, tmp_path):
+        path = recipe_file(arms={"tp": {"concurrency": [1]}, "dp": {"concurrency": [64], "arguments": {"attn-dp-size": 8},
+                                                                    "not_served": "--attn-dp-size (data-parallel attention)"}})
+        assert main(["recipe", "list", "--dir", str(path.parent)]) == 0
+        assert "[not served by this version: arm dp: --attn-dp-size (data-parallel attention)]" in capsys.readouterr().out
+        assert main(["recipe", "show", str(path)]) == 0
+        assert "# not served by this version: --attn-dp-size" in capsys.readouterr().out
+        assert main(["recipe", "run", str(path), "--arm", "dp"]) == 2
+        assert "arm dp: not served by this version: --attn-dp-size (data-parallel attention)" in capsys.readouterr().err
 
     def test_run_refuses_before_it_starts_anything(self, recipe_file, capsys):
         assert main(["recipe", "run", str(recipe_file(arguments={"page-size": 64}))]) == 2
