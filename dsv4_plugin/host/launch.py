@@ -1,6 +1,6 @@
 """What is checked and set before any worker starts.
 
-`check_checkpoint` and `check_port` need no SGLang, so that `dsv4 serve` refuses in a second. However the server is
+`check_checkpoint` and `check_port` need no SGLang, so that `dsv4 serve` refuses in seconds. However the server is
 started, the host calls `check_source` and `resolve` while it resolves its arguments in the main process.
 """
 
@@ -43,9 +43,12 @@ _UNSUPPORTED = (
     ("--enable-hierarchical-cache", lambda cfg: cfg.enable_hierarchical_cache),
     ("--disaggregation-mode", lambda cfg: cfg.disaggregation_mode != "null"),
     ("--speculative-algorithm", lambda cfg: cfg.speculative_algorithm is not None),
+    ("--dtype", lambda cfg: cfg.dtype not in ("auto", "bfloat16")),
+    ("--quantization", lambda cfg: cfg.quantization not in (None, "fp8")),
+    ("--kv-cache-dtype", lambda cfg: cfg.kv_cache_dtype not in ("auto", "fp8_e4m3")),
     ("--json-model-override-args", lambda cfg: cfg.json_model_override_args not in ("", "{}")),
 )
-"""Arguments of the host whose meaning this package does not implement, and when they are set."""
+"""Arguments of the host that this package does not act on, and when they ask for something it does not do."""
 
 
 def is_hub_name(model_path: str) -> bool:
@@ -56,11 +59,13 @@ def is_hub_name(model_path: str) -> bool:
 def check_checkpoint(model_path: str, tp_size: int = 1, ep_size: int = 1) -> None:
     """Config, weight files (headers only) and parallel layout of the model in directory `model_path`.
 
-    Raises ConfigError, CheckpointError or ParallelError.
+    Raises LaunchError, ConfigError, CheckpointError or ParallelError.
     """
+    if tp_size < 1 or ep_size < 1 or tp_size % ep_size:
+        raise LaunchError(f"--ep-size {ep_size} does not divide --tp-size {tp_size}")
     geometry = Geometry.from_dir(model_path)
     attention, expert = Group(size=tp_size), Group(size=ep_size)
-    Parallel(attention, expert, Group(size=max(tp_size // ep_size, 1)), attention, attention).check(geometry)
+    Parallel(attention, expert, Group(size=tp_size // ep_size), attention, attention).check(geometry)
     CheckpointFiles(model_path).check(geometry)
 
 
@@ -80,7 +85,7 @@ def check_arguments(cfg: Any) -> None:
     """Raises LaunchError for the first of the host's resolved arguments that this package cannot serve with."""
     for name, is_set in _UNSUPPORTED:
         if is_set(cfg):
-            raise LaunchError(f"{name} is set; dsv4_plugin does not support it. Leave it out, or set DSV4_PLUGIN=0 to "
+            raise LaunchError(f"{name} asks for what dsv4_plugin does not do. Leave it out, or set DSV4_PLUGIN=0 to "
                               "serve with SGLang's own DeepSeek-V4")
     wanted = flags.read("DSV4_DEVICE")
     if (cfg.device == "cpu") != (wanted == "cpu"):
@@ -101,7 +106,8 @@ def check_source(server_args: Any, previous: Callable[[Any], None]) -> None:
         return
     try:
         check_checkpoint(cfg.model_path, cfg.tp_size, cfg.ep_size)
-        if "sglang.srt.entrypoints.engine" not in sys.modules:  # an Engine in somebody's process binds no port
+        # An Engine in somebody's process binds no port, nor do the further nodes of a server.
+        if "sglang.srt.entrypoints.engine" not in sys.modules and cfg.node_rank == 0:
             check_port(cfg.host, cfg.port)
     except (ConfigError, CheckpointError, ParallelError, LaunchError) as error:
         refuse(LaunchError(f"{error}. DSV4_PLUGIN=0 leaves the model to SGLang itself"))
@@ -122,10 +128,11 @@ def resolve(server_args: Any, hf_config: Any) -> dict[str, Any]:
     """
     from sglang.srt.arg_groups.model_override_base import resolving_view
 
-    from .ledger import LedgerError, verify
+    from .ledger import LedgerError, take_door, verify
 
     cfg = resolving_view(server_args)
     try:
+        take_door()
         verify("in the main process")
         check_arguments(cfg)
         configure()

@@ -116,15 +116,43 @@ CPU_SEAMS: tuple[Seam, ...] = (
 )
 
 
+def _door() -> Seam:
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    from .requests import validate_request
+
+    return Seam(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        why="a token id outside the vocabulary is refused, not looked up: that would end the scheduler",
+        remove="the host checks the ids of a request",
+        test="tests/host/test_serving.py",
+        value=validate_request,
+        take=lambda value: setattr(TokenizerManager, "_validate_one_request", value),
+        found=lambda: [TokenizerManager._validate_one_request],
+    )
+
+
+_door_is_ours = False
+
+
 def seams() -> tuple[Seam, ...]:
-    """The seams this process needs; those of the CPU platform only where it is active."""
-    return SEAMS + (CPU_SEAMS if isinstance(current_platform, CpuPlatform) else ())
+    """The seams this process needs: those of the CPU platform only where it is active and the host has no seam of its
+    own (the patch `pool-platform-seam`), that of the door only where requests come in."""
+    cpu = isinstance(current_platform, CpuPlatform) and "dsv4" not in kv_cache_configurator._KV_POOL_BASE_FOR_KIND
+    return SEAMS + (CPU_SEAMS if cpu else ()) + ((_door(),) if _door_is_ours else ())
 
 
 def take() -> None:
     """Takes every seam of this process."""
     for seam in seams():
         seam.take(seam.value)
+
+
+def take_door() -> None:
+    """Takes the seam of the process that requests come in at; its module is not loaded in any other."""
+    global _door_is_ours
+    _door().take(_door().value)
+    _door_is_ours = True
 
 
 def verify(where: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import urllib.error
+
 import pytest
 import torch
-from live_server import input_logprobs, serving
+from live_server import input_logprobs, output_ids, serving
 
 from dsv4_plugin.config import Precision
 
@@ -47,3 +49,17 @@ def test_server_and_engine_agree(scored, golden_sequences, golden_dir, golden_ge
         logprobs = torch.log_softmax(engine.score(ids).double(), -1)
         ours = logprobs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
         assert (found - ours).abs().mean() < ENGINE_MEAN
+
+
+def test_an_id_outside_the_vocabulary_is_refused_and_harms_nobody(server, golden_geometry):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.generate([5, golden_geometry.vocab_size])
+    assert refused.value.code == 400
+    assert f"token id {golden_geometry.vocab_size} is outside" in refused.value.read().decode()
+    assert len(output_ids(server.generate([5, golden_geometry.vocab_size - 1], 3))) == 3
+
+
+def test_sampling_at_a_temperature_is_served(server):
+    reply = server.request("/generate", {
+        "input_ids": [5, 6, 7], "sampling_params": {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 4, "ignore_eos": True}})
+    assert reply["meta_info"]["completion_tokens"] == 4
