@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,8 +22,6 @@ from ..ops.operator import configure
 from .metrics import Recorder
 from .parallel import host_parallel
 from .probe import probe_if_asked
-
-logger = logging.getLogger(__name__)
 
 
 class Head:

@@ -28,6 +28,8 @@ def server_args(golden_dir):
     ("--enable-hierarchical-cache", "enable_hierarchical_cache", True),
     ("--disaggregation-mode", "disaggregation_mode", "prefill"),
     ("--speculative-algorithm", "speculative_algorithm", "EAGLE"),
+    ("--dtype", "dtype", "float16"), ("--quantization", "quantization", "awq"),
+    ("--kv-cache-dtype", "kv_cache_dtype", "bfloat16"),
     ("--json-model-override-args", "json_model_override_args", '{"num_hidden_layers": 1}'),
 ])
 def test_arguments_that_mean_nothing_here_are_refused(server_args, monkeypatch, name, field, value):
@@ -35,7 +37,7 @@ def test_arguments_that_mean_nothing_here_are_refused(server_args, monkeypatch, 
     launch.check_arguments(server_args)
     assert hasattr(server_args, field)
     monkeypatch.setattr(server_args, field, value)
-    with pytest.raises(launch.LaunchError, match=f"{name} is set.*DSV4_PLUGIN=0"):
+    with pytest.raises(launch.LaunchError, match=f"{name} asks for .*DSV4_PLUGIN=0"):
         launch.check_arguments(server_args)
 
 

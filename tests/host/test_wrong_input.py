@@ -99,8 +99,13 @@ def tp_divides_no_groups(checkpoint):
     return ["--tp", "4"], "o_groups"
 
 
+def ep_divides_no_tp(checkpoint):
+    return ["--tp", "2", "--ep", "4"], "--ep-size 4"
+
+
 SPOILED = [no_norm, extra_tensor, wrong_shape, wrong_dtype, truncated, index_names_absent_file, other_architecture,
-           later_family, unknown_ratio, no_config, tp_divides_no_heads, tp_divides_no_groups]
+           later_family, unknown_ratio, no_config, tp_divides_no_heads, tp_divides_no_groups,
+           ep_divides_no_tp]
 
 
 @pytest.mark.parametrize("spoil", SPOILED, ids=lambda spoil: spoil.__name__)
