@@ -18,8 +18,10 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[host,dev]'
 	@touch $@
 
+# A process that interprets Triton kernels cannot compile them, and the reverse: two runs.
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest tests/kernels $(ARGS)
 
 demo: install
 	$(BIN)/python examples/demo.py $(ARGS)
