@@ -1,0 +1,1 @@
+"""The model against another implementation, and its shares against the whole."""

@@ -1,0 +1,160 @@
+"""Shares of the model on two processes, played by two threads that sum for real, must equal the whole model."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from dsv4_plugin.checkpoint.load import load_checkpoint
+from dsv4_plugin.checkpoint.tiny import tiny_config, write_tiny
+from dsv4_plugin.config import Geometry, Precision
+from dsv4_plugin.model import DeepseekV4
+from dsv4_plugin.parallel import Group, Parallel, ParallelError
+from dsv4_plugin.runtime import Engine
+
+SIZE = 2
+LENGTH = 270
+
+
+class Summing:
+    """all_reduce among threads: every rank waits for all, then adds in the order of ranks."""
+
+    def __init__(self):
+        self._barrier = threading.Barrier(SIZE)
+        self._parts: list = [None] * SIZE
+
+    def group(self, rank: int) -> Group:
+        def all_reduce(x):
+            self._parts[rank] = x
+            self._barrier.wait(60)
+            total = sum(self._parts)
+            self._barrier.wait(60)
+            return total
+
+        return Group(rank, SIZE, all_reduce)
+
+
+LAYOUTS = {
+    "tensor": ("attention", "expert_tensor", "shared", "vocab"),
+    "expert": ("expert",),
+    "tensor and expert": ("attention", "expert", "shared", "vocab"),
+    "attention": ("attention",),
+    "expert_tensor": ("expert_tensor",),
+    "shared": ("shared",),
+    "vocab": ("vocab",),
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """Three layers of all kinds; every split leaves whole blocks of 128."""
+    path = tmp_path_factory.mktemp("parallel") / "model"
+    write_tiny(path, tiny_config(layers=3, hidden=128, experts=4, experts_per_token=2, heads=4, o_groups=2, intermediate=256,
+                                 index_topk=8, compress_ratios=[4, 128, 0]), seed=2)
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompt() -> list[int]:
+    return torch.randint(2, 320, (LENGTH,), generator=torch.Generator().manual_seed(8)).tolist()
+
+
+def build(directory, parallel: Parallel = Parallel(), precision: Precision = Precision.EXACT) -> DeepseekV4:
+    model = DeepseekV4(Geometry.from_dir(directory), precision, parallel)
+    load_checkpoint(model, directory)
+    return model
+
+
+@pytest.fixture(scope="module")
+def whole(directory, prompt):
+    engine = Engine(build(directory))
+    return engine.score(prompt), engine.score_draft(prompt)
+
+
+def on_both_ranks(work) -> list:
+    """Results of work(rank, summing) in one thread a rank."""
+    summing, results, errors = Summing(), [None] * SIZE, []
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(rank, summing)
+        except BaseException as error:  # noqa: BLE001 - shown by the main thread
+            errors.append(error)
+            summing._barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(SIZE)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
+
+
+def score(directory, groups: tuple[str, ...], prompt: list[int], change=lambda rank, model: None) -> list:
+    """(logits, MTP logits) on each rank."""
+    def work(rank: int, summing: Summing):
+        model = build(directory, Parallel(**{name: summing.group(rank) for name in groups}))
+        change(rank, model)
+        engine = Engine(model, page_seed=3)
+        return engine.score(prompt, [130, 1, 139]), engine.score_draft(prompt, [270])
+
+    return on_both_ranks(work)
+
+
+def joined(results: list, groups: tuple[str, ...], which: int) -> torch.Tensor:
+    if "vocab" in groups:
+        return torch.cat([result[which] for result in results], -1)
+    assert torch.equal(results[0][which], results[1][which])
+    return results[0][which]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_equal_one(directory, prompt, whole, layout):
+    results = score(directory, LAYOUTS[layout], prompt)
+    for which in (0, 1):
+        d = (joined(results, LAYOUTS[layout], which) - whole[which]).abs().max()
+        # Other sums of fp32 products and one more addition per layer; logits reach 10.
+        assert d <= 1e-4, ("MTP" if which else "backbone", d)
+
+
+def test_shares_hold_their_part_of_every_tensor(directory):
+    one = build(directory)
+    two = [build(directory, Parallel(**{name: Group(rank, SIZE) for name in LAYOUTS["tensor"]})) for rank in range(SIZE)]
+    attention = [model.layers[0].attn for model in two]
+    assert torch.equal(torch.cat([a.attn_sink for a in attention]), one.layers[0].attn.attn_sink)
+    for name, axis in (("wq_b", 0), ("wo_a", 0), ("wo_b", 1)):
+        got = torch.cat([getattr(a, name).weight for a in attention], axis)
+        assert torch.equal(got, getattr(one.layers[0].attn, name).weight), name
+    for name, axis in (("w1", 1), ("w3", 1), ("w2", 2)):
+        got = torch.cat([getattr(model.layers[0].ffn.experts, name).weight for model in two], axis)
+        assert torch.equal(got, getattr(one.layers[0].ffn.experts, name).weight), name
+
+
+def sink_of_rank_zero(rank, model):
+    for layer in model.layers:
+        layer.attn.attn_sink.data.copy_(torch.tensor([4.5, 2.5]))
+
+
+def experts_of_rank_zero(rank, model):
+    for layer in model.layers:
+        layer.ffn.experts.first = 0
+
+
+@pytest.mark.parametrize("layout, mistake", [("attention", sink_of_rank_zero), ("expert", experts_of_rank_zero)])
+def test_a_wrong_share_shows(directory, prompt, whole, layout, mistake):
+    results = score(directory, LAYOUTS[layout], prompt, mistake)
+    assert (joined(results, LAYOUTS[layout], 0) - whole[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("group, message", [
+    ("attention", "parallel size 3 does not divide num_attention_heads 4"),
+    ("expert", "parallel size 3 does not divide n_routed_experts 4"),
+    ("shared", "parallel size 3 does not divide moe_intermediate_size 256 in whole blocks of 128"),
+])
+def test_a_layout_that_does_not_fit_is_refused(directory, group, message):
+    with pytest.raises(ParallelError, match=message):
+        DeepseekV4(Geometry.from_dir(directory), Precision.EXACT, Parallel(**{group: Group(0, 3)}))
