@@ -58,10 +58,15 @@ def test_failed_score_gives_its_pages_back(small_model):
     assert engine.score(tokens(700)).shape == (700, 320)
 
 
-def test_empty_prompt(small_model):
-    assert Engine(small_model("exact")).score([]).shape == (0, 320)
-
-
 def test_page_zero_belongs_to_nobody():
     assert sorted(Pages(9).take(8)) == sorted(Pages(9, seed=5).take(8)) == list(range(1, 9))
     assert Pages(9, seed=5).take(8) == Pages(9, seed=5).take(8) != Pages(9, seed=6).take(8)
+
+
+@pytest.mark.parametrize("precision", ["exact", "official", "serving"])
+def test_no_rows_in_any_precision(golden_model, precision):
+    engine = Engine(golden_model(precision), max_tokens=256, max_requests=1)
+    sequence = engine.open()
+    assert engine.forward([]).shape == engine.forward([(sequence, [])]).shape == (0, 4, 128)
+    engine.close(sequence)
+    assert engine.score([]).shape == engine.score_draft([]).shape == (0, 512)
