@@ -140,10 +140,11 @@ def test_small_scales(check):
     check(arguments)
 
 
-@pytest.mark.parametrize(("tokens", "blocks", "tiles", "programs", "splits"), [
-    (1, 1, 36, 512, 32), (4, 1, 36, 512, 32), (64, 1, 36, 512, 8), (100, 1, 36, 512, 4), (512, 1, 36, 512, 1),
-    (4096, 8, 36, 512, 1), (1, 1, 4, 512, 4), (1, 1, 3, 512, 2), (1, 1, 1, 512, 1), (0, 1, 4, 512, 4),
+@pytest.mark.parametrize(("tokens", "heads", "blocks", "tiles", "programs", "splits"), [
+    (1, 16, 1, 18, 512, 16), (1, 16, 1, 3, 512, 2), (1, 16, 1, 1, 512, 1), (0, 16, 1, 4, 512, 4),  # no more than tiles
+    (1, 16, 1, 130, 512, 32),  # nor than 32
+    (1, 16, 1, 18, 12, 8), (4, 128, 2, 36, 16, 2), (4096, 128, 2, 36, 512, 1),  # nor than fit, rounded down
+    (4, 128, 2, 36, 512, 8), (64, 16, 1, 18, 512, 4), (512, 16, 1, 18, 4096, 1),  # nor than pay for their parts
 ])
-def test_split_count(tokens, blocks, tiles, programs, splits):
-    """A power of two, rounded down; no more than tiles, than 32, than what leaves the grid on the device at once."""
-    assert triton.split_count(tokens, blocks, tiles, programs) == splits
+def test_split_count(tokens, heads, blocks, tiles, programs, splits):
+    assert triton.split_count(tokens, heads, blocks, tiles, programs) == splits

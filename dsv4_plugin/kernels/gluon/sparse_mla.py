@@ -295,7 +295,7 @@ def sparse_mla(q: Tensor, window_cache: PackedLatentCache, window: Tensor, compr
     head_blocks = triton.cdiv(heads, tile.heads)
     compressed_tiles = triton.cdiv(compressed.shape[1], tile.slots)
     tiles = triton.cdiv(window.shape[1], tile.slots) + compressed_tiles
-    splits = split_count(tokens, head_blocks, tiles, 2 * compute_units(q))
+    splits = split_count(tokens, heads, head_blocks, tiles, 2 * compute_units(q))
     part, lse = out, sink
     if splits > 1:
         part = q.new_empty(tokens, heads, splits, LATENT_DIM, dtype=torch.float32)
