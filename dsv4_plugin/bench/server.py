@@ -80,22 +80,26 @@ class Server:
                 and not (_SECRETS.search(name) and isinstance(value, str) and name != "tokenizer_path")}
 
 
+def model_name(url: str) -> str:
+    """The name by which requests ask the server at `url` for its model. Raises BenchError naming the address when it tells none."""
+    if not re.match(r"https?://", url):
+        raise BenchError(f"{url} is no address of a server; give one as http://127.0.0.1:30000")
+    address = f"{url.rstrip('/')}/v1/models"
+    try:
+        return str(get_json(address)["data"][0]["id"])
+    except OSError as error:
+        raise BenchError(f"no server answers at {address}: {getattr(error, 'reason', error)}") from None
+    except (KeyError, IndexError, TypeError):
+        raise BenchError(f"{address} names no model") from None
+
+
 def describe(url: str, tokenizer: str | None = None) -> Server:
     """Asks the server at `url` what it serves. Raises BenchError naming the address when nothing usable answers.
 
     `tokenizer` is needed where the server names a directory that this machine or working directory does not have.
     """
     url = url.rstrip("/")
-    if not re.match(r"https?://", url):
-        raise BenchError(f"{url} is no address of a server; give one as http://127.0.0.1:30000")
-    try:
-        models = get_json(f"{url}/v1/models")
-    except (OSError, ValueError) as error:
-        raise BenchError(f"no server answers at {url}/v1/models: {getattr(error, 'reason', error)}") from None
-    try:
-        model = models["data"][0]["id"]
-    except (KeyError, IndexError, TypeError):
-        raise BenchError(f"{url}/v1/models names no model") from None
+    model = model_name(url)
     try:
         info, arguments = get_json(f"{url}/model_info"), get_json(f"{url}/server_info")
     except (urllib.error.HTTPError, BenchError):
