@@ -15,6 +15,10 @@ TOLERANCE = 0.05
 """Bisection ends when the smallest rate that failed is within this share of the largest that passed."""
 _MOST = 16
 """Trials at most: from a start that is wrong by 2^9 there remain six halvings, finer than the tolerance needs."""
+_ALONE = 0.5
+"""Mean requests in flight below which a request is alone most of its time."""
+_ARRIVING = 0.1
+"""Share of a run in which requests must still arrive for their rate to matter."""
 _CERTAIN = 100
 """Below this many requests the 99th percentile is an interpolation towards the slowest one."""
 
@@ -60,7 +64,7 @@ def search(bench: Bench, bounds: Bounds, start: float, prompts: int, store: Stor
     """The result at the largest rate that keeps the bounds, with all trials. A rate tried before is not run again.
 
     Trials of `prompts` requests do not depend on the bounds and serve every search in the store's directory. Raises
-    BenchError when no rate tried keeps the bounds.
+    BenchError when no rate tried keeps the bounds, or when a trial cannot tell.
     """
     kept = f"poisson-{prompts}"
     trials: dict[float, dict[str, Any]] = {trial["rate"]: trial for trial in store.runs(kept)}
@@ -71,6 +75,7 @@ def search(bench: Bench, bounds: Bounds, start: float, prompts: int, store: Stor
             bench.progress.point(load, "")
             trials[rate] = {**bench.run(load), "rate": rate}
             store.keep(kept, list(trials.values()))
+        _check_meaning(rate, prompts, trials[rate]["figures"], bounds)
         return bounds.keep(trials[rate]["figures"])
 
     rate = largest_rate(passes, start)
@@ -84,6 +89,17 @@ def search(bench: Bench, bounds: Bounds, start: float, prompts: int, store: Stor
                                   f"give --prompts {_CERTAIN} or more")
     store.finish(bounds.name(prompts), result)
     return result
+
+
+def _check_meaning(rate: float, prompts: int, figures: Mapping[str, Any], bounds: Bounds) -> None:
+    """Raises BenchError for a trial from which no other rate could be found: its requests never met, or met all at once."""
+    if bounds.keep(figures):
+        if prompts / rate < _ARRIVING * figures["duration"]:
+            raise BenchError(f"at {rate:.3g} requests/s all {prompts} arrive in {prompts / rate:.2g} s of a run of {figures['duration']:.2g} s and the bounds "
+                             "are kept: a higher rate would be the same load. Give more --prompts, or tighter bounds")
+    elif figures["concurrency"] < _ALONE:
+        raise BenchError(f"no rate keeps the bounds: at {rate:.3g} requests/s requests hardly overlap, and the 99th percentile of TTFT is "
+                         f"{figures['p99_ttft_ms']:.4g} ms (bound {bounds.ttft_ms:g}) and of TPOT {figures['p99_tpot_ms']:.4g} ms (bound {bounds.tpot_ms:g})")
 
 
 def _rows(trials: Iterable[Mapping[str, Any]], bounds: Bounds) -> list[dict[str, Any]]:
