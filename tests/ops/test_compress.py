@@ -157,6 +157,18 @@ def test_extreme_scores(ratio, dim, scale):
 
 
 @KINDS
+def test_window_without_any_score_gives_zero(ratio, dim):
+    """Empty state is k = 0, score = -inf; nothing but that in a window must give 0, not NaN."""
+    history = History([ratio * 2], ratio, dim)
+    history.projected[0][:, history.width:] = float("-inf")
+    tables = Tables([Request(0, ratio * 2)])
+    cache = history.make_cache(tables.pages)
+    cache.values.fill_(7.0)
+    rows = history.step(tables, history.make_ring(tables), cache)
+    assert not cache.load(rows.slots).any()
+
+
+@KINDS
 def test_no_rows_touch_nothing(ratio, dim):
     history = History([300], ratio, dim)
     for requests in ([], [Request(300, 0)]):

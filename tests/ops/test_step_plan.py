@@ -134,6 +134,16 @@ def test_pages_given_back_are_not_attended_to():
     check([Request(1000, 3)], 0, RINGS[0])
 
 
+def test_a_position_without_a_window_slot_is_skipped():
+    """The host writes 0 where it gave a page back: that is nobody's slot, not slot 0."""
+    arguments = Tables([Request(300, 3)]).arguments()
+    arguments["full_to_window"][arguments["slot_table"][arguments["slot_row"][0], :256].long()] = 0
+    plan = build_step_plan.reference(**arguments)
+    for row, position in enumerate(range(300, 303)):
+        gone = [p < 256 for p in range(position - 127, position + 1)]
+        assert (plan.window[row] == -1).tolist() == gone and (plan.window[row] != 0).all()
+
+
 @settings(deadline=None, max_examples=30, derandomize=True)
 @given(batches(), st.integers(0, 2**20))
 def test_static_rows_only_add_padding(requests, seed):
