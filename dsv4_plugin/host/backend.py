@@ -18,6 +18,7 @@ from ..config import Precision
 from ..ops import build_step_plan
 from ..ops.operator import enter_step
 from ..ops.step_plan import StepPlan
+from .ledger import verify
 from .pool import pool_caches, ring_rows
 
 logger = logging.getLogger(__name__)
@@ -76,8 +77,6 @@ class Backend(AttentionBackend):
 
 def create_backend(runner) -> Backend:
     """Factory in the host's registry of attention backends."""
-    from .ledger import verify
-
     verify("while the attention backend is built")
     backend = Backend(runner)
     precision = flags.precision()

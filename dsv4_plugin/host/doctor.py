@@ -191,11 +191,12 @@ def _seams() -> Iterator[Check]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             load_plugins()
-        from . import ledger
+        from .ledger import taken
+        from .seams import BACKEND
     except SystemExit:
         yield Check("seams", WRONG, "the plugin refuses to load, see above", "mend what it says")
         return
-    for seam in ledger.seams():
+    for seam in taken():
         if seam.holds():
             yield Check("seam", OK, seam.target)
         else:
@@ -204,8 +205,8 @@ def _seams() -> Iterator[Check]:
                         "another plugin or package took it: leave it out with SGLANG_PLUGINS=dsv4, or uninstall it")
     from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
 
-    known = ledger.BACKEND in ATTENTION_BACKEND_CHOICES
-    yield Check("choices", OK if known else WRONG, f"--attention-backend {'takes' if known else 'refuses'} {ledger.BACKEND}",
+    known = BACKEND in ATTENTION_BACKEND_CHOICES
+    yield Check("choices", OK if known else WRONG, f"--attention-backend {'takes' if known else 'refuses'} {BACKEND}",
                 "" if known else "this SGLang is not as released; reinstall it")
 
 

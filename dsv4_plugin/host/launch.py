@@ -20,6 +20,7 @@ from ..checkpoint.files import CheckpointError, CheckpointFiles
 from ..config import ARCHITECTURE, ConfigError, Geometry
 from ..ops.operator import SelectionError, configure
 from ..parallel import Group, Parallel, ParallelError
+from .ledger import LedgerError, take, verify
 from .refusal import refuse
 
 logger = logging.getLogger(__name__)
@@ -128,11 +129,11 @@ def resolve(server_args: Any, hf_config: Any) -> dict[str, Any]:
     """
     from sglang.srt.arg_groups.model_override_base import resolving_view
 
-    from .ledger import LedgerError, take_door, verify
+    from .requests import DOOR
 
     cfg = resolving_view(server_args)
     try:
-        take_door()
+        take([DOOR])
         verify("in the main process")
         check_arguments(cfg)
         configure()

@@ -19,6 +19,7 @@ from ..checkpoint.load import Loader
 from ..config import Geometry
 from ..model import DeepseekV4
 from ..ops.operator import configure
+from .ledger import verify
 from .metrics import Recorder
 from .parallel import host_parallel
 from .probe import probe_if_asked
@@ -60,8 +61,6 @@ class DeepseekV4ForCausalLM(nn.Module):
 
     def __init__(self, config, quant_config=None, prefix: str = ""):
         super().__init__()
-        from .ledger import verify
-
         verify("while the model is built")
         configure()
         directory = model_directory(get_model().model_path, get_model().revision)

@@ -18,8 +18,9 @@ def register() -> None:
         flags.check()
         flags.adopt()
         version.check()
-        from . import ledger
+        from .ledger import take
+        from .seams import seams
 
-        ledger.take()
+        take(seams())
     except (flags.FlagError, version.HostVersionError) as error:
         refuse(error)

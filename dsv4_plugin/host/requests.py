@@ -6,6 +6,8 @@ from typing import Any
 
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
+from .ledger import Seam
+
 host_validation = TokenizerManager._validate_one_request
 
 
@@ -20,3 +22,15 @@ def validate_request(manager: TokenizerManager, request: Any, input_ids: list[in
     outside = next((token for token in input_ids or () if not 0 <= token < vocab_size), None)
     if outside is not None:
         raise ValueError(f"token id {outside} is outside the model's vocabulary; valid ids are 0 to {vocab_size - 1}")
+
+
+DOOR = Seam(
+    target="sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+    why="a token id outside the vocabulary is refused, not looked up: that would end the scheduler",
+    remove="the host checks the ids of a request",
+    test="tests/host/test_serving.py",
+    value=validate_request,
+    take=lambda value: setattr(TokenizerManager, "_validate_one_request", value),
+    found=lambda: [TokenizerManager._validate_one_request],
+)
+"""Taken in the process that requests come in at; its module is loaded in no other."""

@@ -26,7 +26,8 @@ def sparse_mla(q: Tensor, window_cache: SlotStore, window: Tensor, compressed_ca
                compressed: Tensor | None, sink: Tensor, softmax_scale: float) -> Tensor:
     """Attention output [T, h, 512] in the dtype of `q` [T, h, 512]; a latent is both key and value.
 
-    `window` int64 [T, 128] and `compressed` int64 [T, K] are slots of their caches, -1 where there is none. `sink`
+    `window` int64 [T, 128] and `compressed` int64 [T, K] are slots of their caches, -1 where there is none; in a row of
+    `compressed` no slot follows a -1. `sink`
     fp32 [h] adds e^sink to each head's softmax denominator. Logits, softmax and sums are fp32.
     """
     latents, rows = _load_once(window_cache, window)

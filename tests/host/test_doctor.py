@@ -74,7 +74,7 @@ def test_the_plugin_switched_off_is_a_warning_and_nothing_is_loaded(monkeypatch)
 
 @pytest.mark.parametrize(("environ", "name", "found", "advice"), [
     ({"DSV4_MOEE": "triton"}, "switches", "did you mean DSV4_MOE?", "dsv4 flags"),
-    ({"DSV4_PROFILE": "2026-05-21"}, "operators", "DSV4_PROFILE=2026-05-21", "or auto"),
+    ({"DSV4_SPARSE_MLA": "triton"}, "operators", "DSV4_SPARSE_MLA=triton cannot run here", "or auto"),
     ({"DSV4_SPARSE_MLA": "triton", "SGLANG_HACK_FLASHMLA_BACKEND": "torch"}, "switches", "contradict", "unset"),
     ({"SGLANG_CACHE_DIR": "/dev/null/cache"}, "cache of sglang", "/dev/null/cache cannot be written", "compiles again"),
 ])

@@ -54,22 +54,27 @@ def test_dsv4_plugin_0_is_the_stock_host():
 @pytest.fixture(scope="module")
 def ledger():
     """The ledger with its seams taken in this process."""
-    from dsv4_plugin.host import ledger
+    from dsv4_plugin.host import ledger, seams
 
-    ledger.take()
+    ledger.take(seams.seams())
     return ledger
 
 
 def test_every_record_is_complete(ledger):
-    for seam in ledger.SEAMS + ledger.CPU_SEAMS:
+    from dsv4_plugin.host.requests import DOOR
+    from dsv4_plugin.host.seams import CPU_SEAMS, SEAMS
+
+    for seam in (*SEAMS, *CPU_SEAMS, DOOR):
         assert seam.why and seam.remove and seam.versions
         assert seam.target.startswith("sglang.")
         assert (ROOT / seam.test).is_file(), seam.target
-    assert all(seam.holds() for seam in ledger.SEAMS)
+    assert all(seam.holds() for seam in ledger.taken())
 
 
 def test_a_lost_seam_is_logged_or_stops_the_start(ledger, monkeypatch, caplog):
-    monkeypatch.setitem(ledger.ATTENTION_BACKENDS, "dsv4", lambda runner: None)
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    monkeypatch.setitem(ATTENTION_BACKENDS, "dsv4", lambda runner: None)
     with caplog.at_level(logging.ERROR):
         ledger.verify("in this test")
     assert "in this test" in caplog.text and "ATTENTION_BACKENDS['dsv4']" in caplog.text
