@@ -93,3 +93,14 @@ def test_missing_package_names_the_remedy(capsys, monkeypatch, tmp_path):
     assert status == 2
     assert "tokenizers" in err and "pip install" in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("module, remedy", [
+    ("matplotlib.pyplot", "dsv4_plugin[bench]"), ("lm_eval", "dsv4_plugin[bench]"), ("flydsl", "dsv4_plugin[flydsl]"),
+    ("sglang.srt", "dsv4_plugin[host]"), ("torch", "dsv4_plugin[host]"), ("yaml", "install dsv4_plugin brings")])
+def test_a_missing_package_is_brought_by_the_extra_that_lists_it(module, remedy, monkeypatch, capsys):
+    def refuse(name):
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+    monkeypatch.setattr(cli.importlib, "import_module", refuse)
+    assert cli.main(["report"]) == 2
+    assert f"the Python package {module}, which is not installed" in (said := capsys.readouterr().err) and remedy in said
