@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,11 +26,18 @@ def steering(environ: Mapping[str, str]) -> dict[str, str]:
             if name.startswith(_PREFIXES) and not any(word in name.upper() for word in _SECRET)}
 
 
-def process_environment(pid: int | None) -> dict[str, str] | None:
-    """`steering` of a running process of this user; None when it cannot be read."""
+def server_environment(pid: int | None) -> dict[str, str] | None:
+    """`steering` of the variables with which the server of process `pid` was started, by this user on this machine.
+
+    SGLang's workers write their titles over the variables that they were started with, so those of the process that started
+    them are read. None when that cannot be read or has a title of its own.
+    """
     try:
-        raw = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+        parent = re.search(r"^PPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE).group(1)
+        command, raw = (Path(f"/proc/{parent}/{name}").read_bytes().decode(errors="replace") for name in ("cmdline", "environ"))
     except OSError:
+        return None
+    if command.startswith("sglang::") or "\0PATH=" not in "\0" + raw:
         return None
     return steering(dict(entry.partition("=")[::2] for entry in raw.split("\0") if "=" in entry))
 

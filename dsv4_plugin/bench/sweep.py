@@ -38,6 +38,8 @@ class Bench:
     labels: Mapping[str, Any]
     started_with: str = ""
     """The command that started the server, where this program did."""
+    environment: Mapping[str, str] | None = None
+    """The whole environment in which this program started it."""
     progress: Progress = field(default_factory=Progress)
 
     def run(self, load: Load) -> dict[str, Any]:
@@ -78,8 +80,10 @@ class Bench:
             "runs": list(runs)}
 
     def _environment(self, report: Report | None) -> dict[str, str] | None:
-        """The serving process's variables; None when it is not a process of this user on this machine."""
-        return environment.process_environment(report.facts.get("pid")) if report is not None else None
+        """The variables that the server was started with; None when they cannot be read."""
+        if self.environment is not None:
+            return environment.steering(self.environment)
+        return environment.server_environment(report.facts.get("pid")) if report is not None else None
 
 
 def sweep(open_bench: Callable[[], AbstractContextManager[Bench]], loads: Sequence[Load], store: Store, repeat: int, progress: Progress) -> list[dict[str, Any]]:

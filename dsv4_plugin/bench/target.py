@@ -41,14 +41,14 @@ class Setup:
         labels = {name: value for name, value in self.labels.items() if name != "date"}
         return {"workload": vars(self.workload), "labels": labels, "sglang": package_version("sglang"), "commit": environment.commit(), **server}
 
-    def bench(self, url: str, started_with: str = "") -> Bench:
+    def bench(self, url: str, started_with: str = "", whole: Mapping[str, str] | None = None) -> Bench:
         server = describe(url, self.tokenizer)
         watch = Watch(server.url, self.read_series)
         report = watch.read()
         found = {"hw": str((report.facts.get("device") if report else None) or server.arguments.get("device") or "unknown"),
                  "framework": PLUGIN if started_with or report else STOCK if server.arguments else "unknown",
                  "precision": precision(server)}
-        return Bench(server, self.workload, watch, {**found, **self.labels}, started_with, self.progress)
+        return Bench(server, self.workload, watch, {**found, **self.labels}, started_with, whole, self.progress)
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,9 @@ class Launch:
         words = self.words(concurrency)
         log = self.directory / (f"server-{concurrency}.log" if self.per_point else "server.log")
         self.setup.progress.starting(log)
-        with started(words, self.whole or {**os.environ, **self.environment}, log, self.setup.ready_seconds) as url:
-            yield self.setup.bench(url, shell(words, self.environment).replace(" \\\n  ", " "))
+        whole = self.whole or {**os.environ, **self.environment}
+        with started(words, whole, log, self.setup.ready_seconds) as url:
+            yield self.setup.bench(url, shell(words, self.environment).replace(" \\\n  ", " "), whole)
 
     def identity(self, concurrency: int | None = None) -> dict[str, Any]:
         return self.setup.identity(server=" ".join(self.words(concurrency)), environment=dict(self.environment))

@@ -16,7 +16,7 @@ QUICK = ("--isl", "32", "--osl", "8", "--prompts-per-user", "3", "--warmups-per-
 @pytest.fixture(scope="module")
 def url(tiny_dir, tmp_path_factory):
     place = tmp_path_factory.mktemp("bench")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SGLANG_CACHE_DIR": str(place)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SGLANG_CACHE_DIR": str(place), "DSV4_ROUTE": "auto"}
     words = ["dsv4", "serve", str(tiny_dir), "--cpu", "--enable-metrics", "--max-total-tokens", "16384"]
     with started(words, environment, place / "log", 240) as address, pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGLANG_CACHE_DIR", str(place))  # where the report of what ran is
@@ -44,7 +44,7 @@ def test_a_point_holds_what_was_asked_and_what_ran(swept, tiny_dir):
         assert result["active"]["facts"]["model"] == str(tiny_dir)
         assert {row["operator"] for row in result["active"]["rows"]} >= {"sparse_mla", "moe", "compress"}
         assert result["framework"] == "sglang+dsv4" and "--enable-metrics" in result["server_command"]
-        assert result["versions"]["sglang"] == "0.5.23" and result["environment"]["DSV4_DEVICE"] == "cpu"
+        assert result["versions"]["sglang"] == "0.5.23" and result["environment"]["DSV4_ROUTE"] == "auto"  # the server's, not ours
 
 
 def test_a_second_call_runs_only_what_is_missing(url, swept, capsys):
