@@ -14,6 +14,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -146,17 +147,17 @@ def resolve(launches: Sequence[Sequence[str]]) -> list[Resolution]:
     """What the host and this plugin make of each launch's words.
 
     `--model-path` must be a directory that holds a config.json; no weight and no tokenizer is read. Resolution writes to the
-    environment and to the host's globals, so each launch is resolved in a forked process. It asks for what this
+    environment and to the host's globals, so each launch is resolved in a process of its own. It asks for what this
     machine has: branches for GPUs that are not here are not taken.
     """
-    _parser()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from sglang.srt.arg_groups import pipeline  # noqa: F401  imported once, before the forks
-
-    context = multiprocessing.get_context("fork")
-    with context.Pool(1, maxtasksperchild=1) as pool:
-        return pool.map(_resolve, [list(words) for words in launches], chunksize=1)
+    # Forked from a server process that has imported the host and runs no thread: a fork of this process could hang.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "sglang.srt.server_args", "sglang.srt.arg_groups.pipeline"])
+    answers = []
+    for words in launches:
+        with ProcessPoolExecutor(1, context) as process:
+            answers.append(process.submit(_resolve, list(words)).result())
+    return answers
 
 
 def _resolve(words: list[str]) -> Resolution:
