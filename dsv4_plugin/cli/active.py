@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..report import text
 
-    report = _from_url(arguments.url) if arguments.url else _from_file(arguments)
+    report = from_url(arguments.url) if arguments.url else _from_file(arguments)
     print(json.dumps(asdict(report), indent=1) if arguments.json else text(report))
     return 0
 
@@ -46,7 +46,7 @@ def _from_file(arguments: argparse.Namespace):
     return Report.read(written[-1])
 
 
-def _from_url(url: str):
+def from_url(url: str):
     import urllib.error
     import urllib.request
 

@@ -142,14 +142,14 @@ def _name(arguments: argparse.Namespace, recipe: Recipe | None) -> str:
 def _setup(arguments: argparse.Namespace, recipe: Recipe | None, workload: Any, out: Path, progress: Any) -> Setup:
     from ..bench.store import begun
     from ..bench.target import Setup
-    from .active import _from_url
+    from .active import from_url
 
     given = {"hw": arguments.hw or (recipe.gpu.lower() if recipe else None), "image": arguments.image or (recipe.image if recipe else None),
              "label": arguments.label}
     if arguments.ablate is not None and not arguments.label:
         given["label"] = _name(arguments, recipe)
     labels = {name: value for name, value in given.items() if value}
-    return Setup(workload, {**labels, "date": begun(out)}, _from_url, progress, arguments.tokenizer, 60 * arguments.ready_minutes)
+    return Setup(workload, {**labels, "date": begun(out)}, from_url, progress, arguments.tokenizer, 60 * arguments.ready_minutes)
 
 
 def _target(arguments: argparse.Namespace, setup: Setup, recipe: Recipe | None, arm: Arm | None, place: Path) -> Running | Launch:
