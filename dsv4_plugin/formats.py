@@ -113,6 +113,11 @@ def dequantize_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.
     return (weight.float() * factor).to(dtype)
 
 
+def dense_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`weight` itself when it has no `scale`, that is when it is dense already; else decoded to `dtype`."""
+    return weight if scale is None else dequantize_weight(weight, scale, dtype)
+
+
 def quantize_weight_fp8(weight: Tensor, block: tuple[int, int] = (128, 128)) -> tuple[Tensor, Tensor]:
     """FP8 e4m3 and ue8m0 scale [ceil(out/128), ceil(in/128)] of a weight [out, in], as released files store it."""
     rows, columns = weight.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..formats import dequantize_weight
+from ..formats import dense_weight
 from ..ops import block_fp8_linear
 
 
@@ -41,10 +41,8 @@ class Linear(nn.Module):
         if self.scale is not None:
             self.weight.data[here].copy_(weight)
             self.scale.data[here].copy_(scale)
-        elif scale is not None:
-            self.weight.data[here].copy_(dequantize_weight(weight, scale, self.weight.dtype))
         else:
-            self.weight.data[here].copy_(weight)
+            self.weight.data[here].copy_(dense_weight(weight, scale, self.weight.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x Wᵀ in the dtype of `x`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats import dequantize_weight
+from ..formats import dense_weight
 from .operator import operator
 
 
@@ -16,9 +16,7 @@ def block_fp8_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> 
     `weight` is dense [out, in] in the dtype of `x` when `scale` is None, else float8_e4m3fn with 128×128 block scales.
     An implementation may also quantise `x` to FP8 per token in blocks of 128, as the released recipe does.
     """
-    if scale is not None:
-        weight = dequantize_weight(weight, scale, x.dtype)
-    return F.linear(x, weight)
+    return F.linear(x, dense_weight(weight, scale, x.dtype))
 
 
 def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:

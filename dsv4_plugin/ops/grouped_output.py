@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats import dequantize_weight
+from ..formats import dense_weight
 from .operator import operator
 from .rope import apply_rope
 
@@ -17,7 +17,6 @@ def grouped_output(o: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, scale: T
     `o` is rotated back by its query position (`cos`, `sin` [T, 32]); `weight` [groups·rank, h/groups·512] holds the
     groups' matrices one after the other, dense or FP8 with 128×128 block scales.
     """
-    if scale is not None:
-        weight = dequantize_weight(weight, scale, o.dtype)
+    weight = dense_weight(weight, scale, o.dtype)
     o = apply_rope(o, cos, sin, inverse=True).reshape(o.shape[0], groups, weight.shape[1])
     return torch.einsum("tgi,gri->tgr", o, weight.unflatten(0, (groups, -1))).flatten(1)

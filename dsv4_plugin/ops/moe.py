@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats import dequantize_weight
+from ..formats import dense_weight
 from .operator import operator
 from .shared_expert import swiglu
 
@@ -25,7 +25,7 @@ def moe(x: Tensor, weights: Tensor, experts: Tensor, w1: Tensor, w1_scale: Tenso
     local = experts - first_expert
     for e in local[(local >= 0) & (local < w1.shape[0])].unique().tolist():
         token, choice = (local == e).nonzero(as_tuple=True)
-        gate_w, down_w, up_w = (w[e] if s is None else dequantize_weight(w[e], s[e], x.dtype)
+        gate_w, down_w, up_w = (dense_weight(w[e], None if s is None else s[e], x.dtype)
                                 for w, s in ((w1, w1_scale), (w2, w2_scale), (w3, w3_scale)))
         rows = x[token]
         hidden = swiglu(F.linear(rows, gate_w), F.linear(rows, up_w), swiglu_limit)
