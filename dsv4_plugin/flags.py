@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .config import Precision
 
 logger = logging.getLogger(__name__)
@@ -117,6 +115,8 @@ def layers_flag(operator: str) -> str:
 
 
 def _data(name: str) -> Any:
+    import yaml  # a machine that only runs kernels may lack it
+
     return yaml.safe_load((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 
