@@ -5,7 +5,7 @@ shares all tiles of the step evenly: each counts the tiles of all rows from thei
 So the grid depends on the chip and work on the contexts, never on the longest sequence a captured graph allows.
 
 Keys are the rows and heads the columns of a product, so that the sum over heads stays within a lane's registers.
-Byte floor: 132 for every visible entry of a request, 4 for every logit, 136·n for a row of n heads. Multiply-adds:
+Byte floor: 132 for every visible entry of a request, 4 for every logit, 132·n for a row of n heads. Multiply-adds:
 128·n a logit, 62 for each byte of key and row at n = 64: decode is bound by memory, prefill by the matrix units.
 """
 

@@ -34,7 +34,7 @@ def _units(constants) -> Units:
 
 
 # (name, tokens, heads, compressed entries, ratio, most issue cycles a slot and head on gfx950)
-_SHAPES = [
+SHAPES = [
     ("decode/16-heads/4-tokens", 4, 16, 1024, 4, 1.5),
     ("decode/16-heads/512-tokens", 512, 16, 1024, 4, 1.5),
     ("decode/16-heads/64-tokens/c128", 64, 16, 8192, 128, 1.5),
@@ -47,6 +47,6 @@ _SHAPES = [
 ]
 CASES = [Case(f"gluon/{name}", lambda shape=shape: _call(gluon, *shape), matrix={"_attend": "16-bit"},
               units={"_attend": _units}, workgroups={"_attend": 2}, issue={"_attend": most}, archs=("gfx950",))
-         for name, *shape, most in _SHAPES]
+         for name, *shape, most in SHAPES]
 CASES += [Case(f"triton/{name}", lambda shape=shape: _call(triton, *shape), matrix={"_attend": "16-bit"},
-               units={"_attend": _units}) for name, *shape, _ in (_SHAPES[1], _SHAPES[2], _SHAPES[5], _SHAPES[6])]
+               units={"_attend": _units}) for name, *shape, _ in (SHAPES[1], SHAPES[2], SHAPES[5], SHAPES[6])]
