@@ -1,0 +1,112 @@
+"""The floors of benchmarks/floors.py against sums made by hand, and issued bytes against what the kernels' loops would move."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import floors  # noqa: E402
+
+
+def test_attention():
+    # Two tokens of one request, four heads; each sees three slots, two of which both see: four distinct.
+    floor = floors.sparse_mla(tokens=2, heads=4, slots=6, distinct=4)
+    assert floor.bytes == 4 * (448 + 128 + 8) + 2 * 4 * (1024 + 1024)
+    assert floor.operations == 6 * 4 * (512 * 2 + 512 * 2)
+    assert floor.products == "bf16"
+
+
+def test_attention_at_128_heads_is_262_kflop_for_584_bytes_a_slot():
+    one, two = (floors.sparse_mla(1, 128, slots, slots) for slots in (1, 2))
+    assert two.bytes - one.bytes == 584 and two.operations - one.operations == 262144
+
+
+def test_logits():
+    # Two rows of 64 heads see 3 and 5 of the 5 entries of their request.
+    floor = floors.indexer_logits(tokens=2, heads=64, logits=8, entries=5)
+    assert floor.bytes == 5 * (128 + 4) + 8 * 4 + 2 * 64 * (128 + 4)
+    assert floor.operations == 8 * 64 * 128 * 2 and floor.products == "fp8"
+
+
+def test_selection():
+    assert floors.topk_select(tokens=2, visible=3000 + 5000, topk=1024).bytes == 8000 * 4 + 2 * 1024 * 8
+
+
+@pytest.mark.parametrize(("ratio", "dim", "want"), [
+    # values and scores of 8 items, the slot (7 blocks of 64, 64 bf16, 7 scales), cos and sin, ape of two halves
+    (4, 512, 8 * 2 * 512 * 4 + 583 + 256 + 4 * 1024 * 4),
+    (4, 128, 8 * 2 * 128 * 4 + 132 + 256 + 4 * 256 * 4),
+    (128, 512, 128 * 2 * 512 * 4 + 583 + 256 + 128 * 512 * 4),
+])
+def test_one_compressed_window(ratio, dim, want):
+    assert floors.compress(windows=1, kept=0, ratio=ratio, dim=dim).bytes == want
+
+
+def test_a_step_that_completes_nothing_only_keeps_rows():
+    # A ratio-4 row has a value and a score for each of two halves of 512 channels, a ratio-128 row for one.
+    assert floors.compress(0, 3, 4, 512).bytes == 3 * 2 * (2 * 2 * 512 * 4)
+    assert floors.compress(0, 3, 128, 512).bytes == 3 * 2 * (2 * 512 * 4)
+
+
+def test_preparation():
+    assert floors.qk_norm_rope_store(3, 16).bytes == 3 * (2048 * 16 + 1024 + 583 + 256)
+    assert floors.rope_hadamard_quant(3, 64).bytes == 3 * (392 * 64 + 256)
+    assert floors.qk_norm_rope_store(3, 16).operations == 0
+
+
+def test_step_plan():
+    # One row: 128 slots through two tables and written, and seven numbers; two pages; a window of 8 items and one of 128.
+    got = floors.build_step_plan(1, 2, {4: 1, 128: 1}).bytes
+    assert got == 128 * 20 + 7 * 8 + 2 * 12 + (3 + 16) * 8 + (3 + 256) * 8
+
+
+def test_what_bounds():
+    floor = floors.Floor(bytes=1000, operations=4000)
+    assert floor.seconds(copy=10.0, peak=100.0) == 100.0 and floor.bound(10.0, 100.0) == "memory"
+    assert floor.seconds(copy=1000.0, peak=100.0) == 40.0 and floor.bound(1000.0, 100.0) == "products"
+
+
+def selected(visible: int, topk: int, chunk: int) -> int:
+    """Bytes that a selection moves, counted program by program as the kernel's grid has it."""
+    moved, sizes, first = 0, [visible], True
+    while True:
+        length = sizes[0]
+        chunks = [min(chunk, length - start) for start in range(0, length, chunk)]
+        moved += sum(part * (4 if first else 8) for part in chunks)
+        if len(chunks) == 1:
+            return moved + 8 * topk
+        kept = [min(part, topk) for part in chunks]
+        moved += sum(8 * part for part in kept)
+        sizes, first = [sum(kept)], False
+
+
+@pytest.mark.parametrize("visible", [1024, 8192, 8193, 9216, 16384, 32768, 100_003, 262_144])
+@pytest.mark.parametrize("topk", [512, 1024])
+def test_issued_by_selection(visible, topk):
+    assert floors.topk_select_issued(visible, topk, 8192) == selected(visible, topk, 8192)
+
+
+def test_selection_passes_its_target_only_where_the_document_says():
+    above = {(visible, topk) for visible in (2048, 8192, 9216, 16384, 32768, 262144) for topk in (512, 1024)
+             if floors.topk_select_issued(visible, topk, 8192) > 1.5 * floors.topk_select(1, visible, topk).bytes}
+    assert above == {(9216, 1024), (262144, 1024)}
+
+
+def test_issued_by_compression():
+    # Ratio 128 in 16 stripes of 32 channels: row numbers 16 times, ape with every window, the pooled entry handed over in fp32.
+    window = 16 * (8 + 128 * 16) + 128 * 512 * 12 + (2 * 512 * 4 + 8) + (512 * 2 + 256 + 8 + 583)
+    assert floors.compress_issued(windows=2, kept=1, tokens=3, ratio=128, dim=512, stripe=32) == 2 * window + 3 * 8 + 2 * 4096
+    window = 8 + 8 * 16 + 8 * 512 * 12 + (512 * 2 + 256 + 8 + 583)
+    assert floors.compress_issued(windows=2, kept=1, tokens=3, ratio=4, dim=512, stripe=512) == 2 * window + 3 * 8 + 2 * 8192
+
+
+def test_issued_is_never_below_the_floor():
+    for ratio, dim, stripe in ((4, 512, 512), (4, 128, 128), (128, 512, 32)):
+        for windows in (1, 64, 2048):
+            assert floors.compress_issued(windows, 7, 64, ratio, dim, stripe) >= floors.compress(windows, 7, ratio, dim).bytes
+    for heads, block, splits in ((16, 16, 1), (16, 16, 16), (128, 64, 1), (128, 64, 8)):
+        assert floors.sparse_mla_issued(4, heads, 1152, block, splits) >= floors.sparse_mla(4, heads, 4 * 1152, 4 * 1152).bytes
