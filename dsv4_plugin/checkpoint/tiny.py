@@ -1,4 +1,4 @@
-"""Small random checkpoints in the released format: real head geometry, few layers, narrow (docs/model.md §1, §2)."""
+"""Small checkpoints in the released format, real head geometry, few layers, narrow; random weights for them (docs/model.md §1, §2)."""
 
 from __future__ import annotations
 
@@ -135,11 +135,22 @@ def _single(spec: TensorSpec, geometry: Geometry, generator: torch.Generator) ->
 
 def write_tiny(directory: str | Path, config: dict[str, Any], seed: int = 0, shard_bytes: int | None = None,
                force: bool = False, progress: Callable[[str], None] = lambda line: None) -> None:
-    """Writes a checkpoint of `config` (`tiny_config`) with random weights of `seed` into `directory`.
+    """`write_checkpoint` of `config` (`tiny_config`) with random weights of `seed` and a tokenizer of bytes."""
+    tensors = random_tensors(Geometry.from_config(config), seed)
+    write_checkpoint(directory, config, tensors, lambda fresh: write_tokenizer(fresh, config["max_position_embeddings"]),
+                     shard_bytes, force, progress)
 
-    With `shard_bytes` the weights go into files of at most that many bytes of data (one tensor at least) and an index.
-    The directory appears complete or not at all. Raises ConfigError, and FileExistsError for a directory that is not
-    empty, unless `force` is given and it holds nothing but a checkpoint.
+
+def write_checkpoint(directory: str | Path, config: dict[str, Any], tensors: Iterator[tuple[str, Tensor]],
+                     tokenizer: Callable[[Path], None], shard_bytes: int | None = None, force: bool = False,
+                     progress: Callable[[str], None] = lambda line: None) -> None:
+    """Writes config.json, weights and tokenizer of a released-format checkpoint into `directory`.
+
+    `tensors` yields every tensor of `expected_tensors` in its order and dtype; `tokenizer` writes its files into the
+    directory it is called with. With `shard_bytes` the weights go into files of at most that many bytes of data (one
+    tensor at least) and an index. The directory appears complete or not at all. Raises ConfigError, ValueError for a
+    tensor that does not belong, and FileExistsError for a directory that is not empty, unless `force` is given and it
+    holds nothing but a checkpoint.
     """
     directory = Path(directory).resolve()
     geometry = Geometry.from_config(config)
@@ -150,8 +161,8 @@ def write_tiny(directory: str | Path, config: dict[str, Any], seed: int = 0, sha
         _write_json(fresh / "config.json", config)
         _write_json(fresh / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True,
                                                        "temperature": 1.0, "top_p": 1.0})
-        write_tokenizer(fresh, config["max_position_embeddings"])
-        _write_weights(fresh, geometry, seed, shard_bytes, progress)
+        tokenizer(fresh)
+        _write_weights(fresh, geometry, tensors, shard_bytes, progress)
         _open_to_readers(fresh)
         _replace(fresh, directory)
     finally:
@@ -186,7 +197,7 @@ def _replace(fresh: Path, directory: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_weights(directory: Path, geometry: Geometry, seed: int, shard_bytes: int | None,
+def _write_weights(directory: Path, geometry: Geometry, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int | None,
                    progress: Callable[[str], None]) -> None:
     expected = expected_tensors(geometry)
     shards: list[list[str]] = [[]]
@@ -199,9 +210,11 @@ def _write_weights(directory: Path, geometry: Geometry, seed: int, shard_bytes: 
         size += spec.nbytes
     names = [SINGLE] if shard_bytes is None else [f"model-{index:05d}-of-{len(shards):05d}.safetensors"
                                                   for index in range(1, len(shards) + 1)]
-    tensors = random_tensors(geometry, seed)
     for file, members in zip(names, shards):
-        save_file(dict(next(tensors) for _ in members), directory / file, metadata={"format": "pt"})
+        held = dict(next(tensors) for _ in members)
+        if list(held) != members:
+            raise ValueError(f"tensors {sorted({*held} ^ {*members})[:3]} do not belong in {file}, or are missing there")
+        save_file(held, directory / file, metadata={"format": "pt"})
         progress(f"{file}: {len(members)} tensors")
     if shard_bytes is not None:
         _write_json(directory / INDEX, {"metadata": {"total_size": sum(spec.nbytes for spec in expected.values())},
