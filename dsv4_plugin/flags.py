@@ -126,6 +126,12 @@ def profiles() -> dict[str, dict[str, Any]]:
     return _data("profiles.yaml")
 
 
+def _profile_names() -> tuple[str, ...]:
+    """The top-level keys of profiles.yaml, without the YAML reader, for they are needed wherever this is imported."""
+    text = (Path(__file__).parent / "profiles.yaml").read_text(encoding="utf-8")
+    return tuple(re.findall(r"""^["']?([\w-]+)["']?:""", text, re.MULTILINE))
+
+
 @functools.cache
 def foreign_flags() -> dict[str, dict[str, Any]]:
     """What each foreign variable means here, by its name (foreign_flags.yaml)."""
@@ -157,7 +163,7 @@ FLAGS: tuple[Flag, ...] = (
          "sampled layers is compared with its reference; a mismatch stops the server."),
     Flag("DSV4_REPORT", re.compile(r".*"), "",
          "File for the report of what ran (JSON).", "a path; empty: dsv4/active-PORT.json in SGLang's cache directory"),
-    Flag("DSV4_PROFILE", tuple(profiles()), AUTO,
+    Flag("DSV4_PROFILE", _profile_names(), AUTO,
          "Implementations of all operators at once. safe: torch references; a date: what the side branch ran at that "
          "milestone of the published MI355X curves, as far as this version and machine have it (auto for the rest, "
          "which is logged)."),
