@@ -13,6 +13,8 @@ from .accuracy import EvalError, Score
 from .recall import document, held_out
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..runtime import Engine
 
 CHUNK = 1024
@@ -37,7 +39,7 @@ class Amount:
     """Tokens of each, a multiple of BLOCK."""
 
 
-FULL = Amount(((64, 2, 24), (1024, 2, 24), (4096, 2, 24), (8192, 1, 40)), windows=8, window=1024)
+FULL = Amount(((64, 2, 24), (1024, 2, 24), (4096, 1, 40), (8192, 1, 40)), windows=6, window=1024)
 SHORT = Amount(((64, 1, 24), (1024, 1, 24)), windows=2, window=512)
 QUICK = Amount(((64, 1, 8), (300, 1, 8)), windows=1, window=256)
 
@@ -97,6 +99,8 @@ class Measured:
     """Nats per token of unseen text, by blocks of BLOCK tokens."""
     acceptance: Share | None
     """Tokens that the MTP block predicted as the backbone then did; None without an MTP block."""
+    predictions: tuple[Tensor, ...]
+    """Log-probabilities fp32 [T, vocab] of every token of each window of unseen text."""
 
     @property
     def tokens(self) -> int:
@@ -145,20 +149,39 @@ def _asked(made, encode: Callable[[str], list[int]], bos: int) -> Asked:
 
 def measure(engine: Engine, exam: Exam) -> Measured:
     """Puts `exam` to an engine whose model has all its parts, teacher-forced in chunks of CHUNK tokens."""
+    import torch
+    import torch.nn.functional as F
+
     recall = {distance: _recalled(engine, asked) for distance, asked in exam.documents.items()}
-    blocks, accepted, drafted = {}, 0, 0
+    blocks, predictions, accepted, drafted = {}, [], 0, 0
     for number, window in enumerate(exam.windows):
         *ids, _ = window
         logits = engine.score(ids, _chunks(ids))
-        targets = logits.new_tensor(window[1:], dtype=int)
-        nats = -logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1).nan_to_num(WORST, WORST)
-        for block, mean in enumerate(nats.view(-1, BLOCK).mean(1).tolist()):
-            blocks[f"window {number}, block {block}"] = mean
+        predictions.append(logits.log_softmax(-1).cpu())
+        blocks |= _blocks(number, F.nll_loss(predictions[-1], torch.tensor(window[1:]), reduction="none"))
         if engine.model.mtp:
             # The last row of a draft was given no next token.
             same = engine.score_draft(ids, _chunks(ids)).argmax(-1)[:-1] == logits.argmax(-1)[1:]
             accepted, drafted = accepted + int(same.sum()), drafted + same.numel()
-    return Measured(recall, Score("unseen text", "nats per token", blocks), Share(accepted, drafted) if drafted else None)
+    return Measured(recall, Score("unseen text", "nats per token", blocks), Share(accepted, drafted) if drafted else None,
+                    tuple(predictions))
+
+
+def divergence(measured: Measured, reference: Measured) -> Score:
+    """Kullback-Leibler divergence of `measured`'s predictions from the reference's, sum over tokens of p·log(p/q), by blocks.
+
+    It is 0 for equal predictions and grows with any change, where the loss on one text may rise here and fall there.
+    """
+    blocks = {}
+    for number, (q, p) in enumerate(zip(measured.predictions, reference.predictions)):
+        blocks |= _blocks(number, (p.exp() * (p - q)).sum(-1))
+    return Score("unseen text", "nats per token from exact", blocks)
+
+
+def _blocks(window: int, nats: Tensor) -> dict[str, float]:
+    """Means over blocks of the tokens of a window."""
+    means = nats.nan_to_num(WORST, WORST).view(-1, BLOCK).mean(1)
+    return {f"window {window}, block {block}": mean for block, mean in enumerate(means.tolist())}
 
 
 def _recalled(engine: Engine, documents: tuple[Asked, ...]) -> Share:

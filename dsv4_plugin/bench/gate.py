@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import flags
 from ..config import Geometry, Precision
-from .accuracy import EvalError, difference
-from .exam import NORMAL, Amount, Exam, Measured, Share, make_exam, measure
+from .accuracy import Difference, EvalError, Score, difference
+from .exam import NORMAL, Amount, Exam, Measured, Share, divergence, make_exam, measure
 
 if TYPE_CHECKING:
     import torch
@@ -39,9 +39,10 @@ MARGINS = {
     "recall": Margin(0.95, "learned to be always right at these distances: a miss in twenty is the share that training itself may leave"),
     "recall beyond": Margin(0.80, "twice the length it was trained on: what generalises there may be less, a broken path is near 1 in 64"),
     "loss": Margin(0.02, "nats per token above exact; roundings scatter both ways and nearly cancel, a wrong operator does not"),
+    "divergence": Margin(0.01, "nats per token from exact's predictions; a wrong operator moves them even where the text's loss stays"),
     "acceptance": Margin(0.05, "below exact; a draft costs speed, never a wrong token, but a broken MTP block accepts nearly nothing"),
 }
-"""`recall` at distances that were trained, `recall beyond` at longer ones; the last two are differences to exact."""
+"""`recall` at distances that were trained, `recall beyond` at longer ones; the others are differences to exact."""
 
 
 @dataclass(frozen=True)
@@ -217,18 +218,23 @@ def judge(setting: str, measured: Measured, reference: Measured | None, bytes_pe
     for distance, share in measured.recall.items():
         margin = MARGINS["recall" if distance <= TRAINED_LENGTH else "recall beyond"]
         yield _share(setting, f"recall, {_spelled(distance)}", share, margin.limit, margin.why)
-    loss, error = measured.loss.mean, NORMAL * (measured.loss.stderr or 0.0)
-    for unit, size in (("token", 1.0), ("byte", bytes_per_token)):
-        yield Row(setting, f"loss, nats per {unit}", loss / size, (loss - error) / size, (loss + error) / size, measured.tokens)
+    tokens = measured.tokens
+    yield _nats(setting, "loss, nats per token", measured.loss, tokens)
+    yield _nats(setting, "loss, nats per byte", measured.loss, tokens, scale=1 / bytes_per_token)
     if reference is not None:
-        apart, margin = difference(measured.loss, reference.loss), MARGINS["loss"]
-        error = NORMAL * (apart.stderr or 0.0)
-        yield Row(setting, "loss above exact", apart.mean, apart.mean - error, apart.mean + error, measured.tokens, most=margin.limit, why=margin.why)
+        yield _nats(setting, "loss above exact", difference(measured.loss, reference.loss), tokens, MARGINS["loss"])
+        yield _nats(setting, "divergence from exact", divergence(measured, reference), tokens, MARGINS["divergence"])
     if measured.acceptance is not None:
         least, margin = None, MARGINS["acceptance"]
         if reference is not None:
             least = reference.acceptance.value - margin.limit
         yield _share(setting, "drafts accepted", measured.acceptance, least, margin.why if reference else "")
+
+
+def _nats(setting: str, measure: str, found: Score | Difference, tokens: int, margin: Margin | None = None, scale: float = 1.0) -> Row:
+    half = NORMAL * (found.stderr or 0.0)
+    value, low, high = (scale * nats for nats in (found.mean, found.mean - half, found.mean + half))
+    return Row(setting, measure, value, low, high, tokens, most=margin.limit if margin else None, why=margin.why if margin else "")
 
 
 def _share(setting: str, measure: str, share: Share, least: float | None, why: str) -> Row:

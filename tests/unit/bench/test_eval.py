@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # for `answering_server`: pytest's importlib mode adds no directory
 from answering_server import answering, finds_needles  # noqa: E402
 
+from dsv4_plugin.bench import gate  # noqa: E402
 from dsv4_plugin.bench.accuracy import EvalError, Score, difference  # noqa: E402
 from dsv4_plugin.bench.needle import DEPTHS, cases, prompt  # noqa: E402
 from dsv4_plugin.cli import main  # noqa: E402
@@ -114,6 +117,70 @@ class TestNeedle:
             assert text.count(str(case.number)) == 1
             place = text.index(str(case.number)) / len(text)
             assert abs(place - case.depth) < 0.05  # one of a hundred sentences, and the question at the end
+
+
+def remembers(text):
+    """Goes on with a cue, or answers the question of a chat, as the text says; "tea" when it does not say."""
+    name = re.search(r"What does (\w+) like\?$| (\w+) likes$", text)
+    if name is None:
+        return ""
+    told = re.search(rf" {name.group(1) or name.group(2)} likes (\w+)\.", text)
+    return f" {told.group(1)}. And so on" if told else " tea."
+
+
+@pytest.fixture
+def filler(tmp_path, monkeypatch):
+    """The text between facts, as the shipped checkpoint would bring it."""
+    draw = random.Random(0)
+    (tmp_path / "held_out.txt").write_text(" ".join(draw.choice(("wind", "harbour", "autumn", "copper", "lantern")) for _ in range(4000)))
+    monkeypatch.setattr(gate, "checkpoint_directory", lambda: tmp_path)
+
+
+@pytest.mark.usefixtures("filler")
+class TestRecall:
+    @pytest.mark.parametrize("api", [[], ["--api", "chat"]])
+    def test_a_server_that_remembers(self, evaluate, api):
+        with answering(remembers) as url:
+            status, said, written = evaluate(url, "--recall", "100,1k", "--recall-threshold", 1, *api)
+        assert status == 0 and said.count(": right") == 2 * 24
+        assert [(score["task"], score["score"], score["count"]) for score in written["scores"]] == [("recall 100", 1, 24), ("recall 1024", 1, 24)]
+
+    def test_a_server_that_sees_only_the_end(self, evaluate):
+        """It keeps the last 400 words: what was told 100 words before, but nothing from 1000."""
+        with answering(lambda text: remembers(" " + " ".join(text.split()[-400:]))) as url:
+            status, said, written = evaluate(url, "--recall", "100,1000", "--recall-threshold", 0.9)
+        near, far = written["scores"]
+        assert status == 1 and near["score"] == 1 and "BELOW" in said
+        # It says tea, which may be what one fact of 24 told.
+        assert far["score"] <= 1 / 24
+
+    def test_lengths_are_the_servers_tokens(self, evaluate):
+        """A word has some six characters here; the first guess of a length is mended by what the server counts."""
+        seen = []
+        with answering(lambda text: seen.append(len(text.split())) or remembers(text) if text.endswith("likes") else "") as url:
+            _, said, _ = evaluate(url, "--recall", "2000")
+        # Half of the facts and half of the cues lie outside of the mean distance; a fact has three words, a gap at most six.
+        assert all(2000 - 40 <= length <= 2000 + 24 * 9 for length in seen[-24:])
+        distances = [int(each) for each in re.findall(r"told (\d+) tokens before", said)]
+        assert abs(sum(distances) / len(distances) - 2000) <= 40
+
+    def test_two_servers_item_by_item(self, evaluate):
+        def forgets(text):
+            """The names whose letters come first."""
+            return " nothing." if re.search(r" [A-H]\w+ likes$", text) else remembers(text)
+
+        with answering(remembers) as good, answering(forgets) as bad:
+            status, said, written = evaluate(bad, "--recall", "300", "--against", good)
+        assert status == 1 and "recall 300 against" in said and "WORSE" in said
+        lost = [item for item, value in written["scores"][0]["items"].items() if not value]
+        assert lost and all(item[0] in "ABCDEFGH" for item in lost)
+        assert written["differences"][0]["worse"] == len(lost)
+
+    def test_no_text(self, evaluate, tmp_path):
+        (tmp_path / "held_out.txt").unlink()
+        with answering(remembers) as url:
+            status, said, written = evaluate(url, "--recall", "300")
+        assert status == 2 and "held_out.txt does not exist" in said and written is None
 
 
 class TestDifference:
