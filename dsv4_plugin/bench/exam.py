@@ -101,6 +101,8 @@ class Measured:
     """Tokens that the MTP block predicted as the backbone then did; None without an MTP block."""
     predictions: tuple[Tensor, ...]
     """Log-probabilities fp32 [T, vocab] of every token of each window of unseen text."""
+    things: Mapping[int, Tensor]
+    """Log-probabilities fp32 [trials, vocab] of each thing's first token, by distance."""
 
     @property
     def tokens(self) -> int:
@@ -152,7 +154,11 @@ def measure(engine: Engine, exam: Exam) -> Measured:
     import torch
     import torch.nn.functional as F
 
-    recall = {distance: _recalled(engine, asked) for distance, asked in exam.documents.items()}
+    recall, things = {}, {}
+    for distance, documents in exam.documents.items():
+        answers = [_recalled(engine, asked) for asked in documents]
+        recall[distance] = Share(sum(hits for hits, _ in answers), sum(len(asked.things) for asked in documents))
+        things[distance] = torch.cat([predictions for _, predictions in answers])
     blocks, predictions, accepted, drafted = {}, [], 0, 0
     for number, window in enumerate(exam.windows):
         *ids, _ = window
@@ -164,18 +170,29 @@ def measure(engine: Engine, exam: Exam) -> Measured:
             same = engine.score_draft(ids, _chunks(ids)).argmax(-1)[:-1] == logits.argmax(-1)[1:]
             accepted, drafted = accepted + int(same.sum()), drafted + same.numel()
     return Measured(recall, Score("unseen text", "nats per token", blocks), Share(accepted, drafted) if drafted else None,
-                    tuple(predictions))
+                    tuple(predictions), things)
 
 
 def divergence(measured: Measured, reference: Measured) -> Score:
-    """Kullback-Leibler divergence of `measured`'s predictions from the reference's, sum over tokens of p·log(p/q), by blocks.
+    """Kullback-Leibler divergence of `measured`'s predictions on unseen text from the reference's, by blocks.
 
     It is 0 for equal predictions and grows with any change, where the loss on one text may rise here and fall there.
     """
     blocks = {}
     for number, (q, p) in enumerate(zip(measured.predictions, reference.predictions)):
-        blocks |= _blocks(number, (p.exp() * (p - q)).sum(-1))
+        blocks |= _blocks(number, _diverged(q, p))
     return Score("unseen text", "nats per token from exact", blocks)
+
+
+def divergence_of_things(measured: Measured, reference: Measured, distance: int) -> Score:
+    """The same where things are asked for at `distance`: it shows what is remembered less surely, though still right."""
+    nats = _diverged(measured.things[distance], reference.things[distance]).nan_to_num(WORST, WORST)
+    return Score(f"things, {distance}", "nats from exact", {str(trial): value for trial, value in enumerate(nats.tolist())})
+
+
+def _diverged(q: Tensor, p: Tensor) -> Tensor:
+    """Sum over tokens of p·log(p/q) for log-probabilities `q` and `p` [T, vocab]."""
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def _blocks(window: int, nats: Tensor) -> dict[str, float]:
@@ -184,13 +201,12 @@ def _blocks(window: int, nats: Tensor) -> dict[str, float]:
     return {f"window {window}, block {block}": mean for block, mean in enumerate(means.tolist())}
 
 
-def _recalled(engine: Engine, documents: tuple[Asked, ...]) -> Share:
-    hits = count = 0
-    for asked in documents:
-        best = engine.score(asked.ids, _chunks(asked.ids)).argmax(-1).tolist()
-        hits += sum(best[at - 1:at - 1 + len(thing)] == list(thing) for at, thing in asked.things)
-        count += len(asked.things)
-    return Share(hits, count)
+def _recalled(engine: Engine, asked: Asked) -> tuple[int, Tensor]:
+    """(things of a document of which every token was the most likely one, log-probabilities of their first tokens)."""
+    logits = engine.score(asked.ids, _chunks(asked.ids))
+    best = logits.argmax(-1).tolist()
+    hits = sum(best[at - 1:at - 1 + len(thing)] == list(thing) for at, thing in asked.things)
+    return hits, logits[[at - 1 for at, _ in asked.things]].log_softmax(-1).cpu()
 
 
 def _chunks(ids: list[int]) -> list[int]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .. import flags
 from ..config import Geometry, Precision
 from .accuracy import Difference, EvalError, Score, difference
-from .exam import NORMAL, Amount, Exam, Measured, Share, divergence, make_exam, measure
+from .exam import NORMAL, Amount, Exam, Measured, Share, divergence, divergence_of_things, make_exam, measure
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,8 @@ MARGINS = {
     "recall": Margin(0.95, "learned to be always right at these distances: a miss in twenty is the share that training itself may leave"),
     "recall beyond": Margin(0.80, "twice the length it was trained on: what generalises there may be less, a broken path is near 1 in 64"),
     "loss": Margin(0.02, "nats per token above exact; roundings scatter both ways and nearly cancel, a wrong operator does not"),
-    "divergence": Margin(0.01, "nats per token from exact's predictions; a wrong operator moves them even where the text's loss stays"),
+    "divergence": Margin(0.002, "nats per token from exact's predictions; a wrong operator moves them even where the text's loss stays"),
+    "divergence of things": Margin(0.05, "nats from exact's predictions of what was told; a thing that is still right, but less surely, shows here"),
     "acceptance": Margin(0.05, "below exact; a draft costs speed, never a wrong token, but a broken MTP block accepts nearly nothing"),
 }
 """`recall` at distances that were trained, `recall beyond` at longer ones; the others are differences to exact."""
@@ -218,6 +219,9 @@ def judge(setting: str, measured: Measured, reference: Measured | None, bytes_pe
     for distance, share in measured.recall.items():
         margin = MARGINS["recall" if distance <= TRAINED_LENGTH else "recall beyond"]
         yield _share(setting, f"recall, {_spelled(distance)}", share, margin.limit, margin.why)
+        if reference is not None and distance <= TRAINED_LENGTH:
+            moved = divergence_of_things(measured, reference, distance)
+            yield _nats(setting, f"divergence of things, {_spelled(distance)}", moved, share.count, MARGINS["divergence of things"])
     tokens = measured.tokens
     yield _nats(setting, "loss, nats per token", measured.loss, tokens)
     yield _nats(setting, "loss, nats per byte", measured.loss, tokens, scale=1 / bytes_per_token)

@@ -119,9 +119,14 @@ class TestMeasure:
         [asked] = exam.documents[64]
         at, thing = asked.things[0]
         said = engine.generate([asked.ids[:at]], len(thing))[0]
-        told = Asked(asked.ids[:at] + said, ((at, tuple(said)),))
-        wrong = Asked(asked.ids[:at] + said, ((at, (*said[:-1], said[-1] ^ 1)),))
-        assert _recalled(engine, (told, wrong)) == Share(1, 2)
+        ids = asked.ids[:at] + said
+        assert _recalled(engine, Asked(ids, ((at, tuple(said)),)))[0] == 1
+        assert _recalled(engine, Asked(ids, ((at, (*said[:-1], said[-1] ^ 1)),)))[0] == 0
+
+
+def test_logits_that_are_no_numbers_have_the_worst_loss(engine, exam):
+    with changed(("sparse_mla",), softmax_scale=lambda scale: math.nan):
+        assert set(measure(engine, exam).loss.items.values()) == {WORST}
 
 
 EVEN = torch.zeros(256, 4).log_softmax(-1)
@@ -130,16 +135,13 @@ EVEN = torch.zeros(256, 4).log_softmax(-1)
 
 def answers(recall: dict[int, tuple[int, int]], loss=(2.0, 2.1, 1.9), accepted=90) -> Measured:
     return Measured({distance: Share(*share) for distance, share in recall.items()},
-                    Score("unseen text", "nats per token", dict(zip("abc", loss))), Share(accepted, 100), (EVEN,))
-
-
-def test_logits_that_are_no_numbers_have_the_worst_loss(engine, exam):
-    with changed(("sparse_mla",), softmax_scale=lambda scale: math.nan):
-        assert set(measure(engine, exam).loss.items.values()) == {WORST}
+                    Score("unseen text", "nats per token", dict(zip("abc", loss))), Share(accepted, 100), (EVEN,),
+                    {distance: EVEN[:count] for distance, (_, count) in recall.items()})
 
 
 class TestJudge:
-    def failed(self, measured, reference=answers({1024: (20, 20)})):
+    def failed(self, measured, reference=None):
+        reference = reference or answers({distance: (share.count, share.count) for distance, share in measured.recall.items()})
         return [row.measure for row in gate.judge("s", measured, reference, 3.0) if not row.passed]
 
     def test_all_is_well(self):
@@ -174,6 +176,16 @@ class TestJudge:
         assert rows["divergence from exact"].value == pytest.approx(want, rel=1e-5) and want > gate.MARGINS["divergence"].limit
         assert self.failed(changed) == ["divergence from exact"] and rows["loss above exact"].value == 0
         assert divergence(measured, measured).mean == 0
+
+    def test_things_that_are_less_sure(self):
+        """All right, but of 8 that were even one now has (0.97, 0.01, 0.01, 0.01)."""
+        moved = EVEN[:8].clone()
+        moved[3] = torch.tensor([0.97, 0.01, 0.01, 0.01]).log()
+        changed = dataclasses.replace(answers({1024: (8, 8)}), things={1024: moved})
+        rows = {row.measure: row for row in gate.judge("s", changed, answers({1024: (8, 8)}))}
+        want = sum(0.25 * math.log(0.25 / q) for q in (0.97, 0.01, 0.01, 0.01)) / 8
+        assert rows["divergence of things, 1k"].value == pytest.approx(want, rel=1e-4) and rows["divergence of things, 1k"].count == 8
+        assert self.failed(changed) == ["divergence of things, 1k"]
 
     @pytest.mark.parametrize("accepted, failed", [(85, []), (84, ["drafts accepted"])])
     def test_acceptance(self, accepted, failed):
