@@ -1,5 +1,5 @@
 # make test     all tests, on a CPU, with the real host
-# make demo     a tiny checkpoint, the real server, one streamed chat completion
+# make demo     the trained tiny checkpoint, the real server, facts recalled from a long text
 # make install  .venv with this package, SGLang and the test tools; done once, again when pyproject.toml changes
 
 PYTHON ?= python3

@@ -39,7 +39,7 @@ class Amount:
     """Tokens of each, a multiple of BLOCK."""
 
 
-FULL = Amount(((64, 2, 24), (1024, 2, 24), (4096, 1, 40), (8192, 1, 40)), windows=6, window=1024)
+FULL = Amount(((64, 4, 24), (1024, 4, 24), (4096, 1, 40), (8192, 1, 40)), windows=6, window=1024)
 SHORT = Amount(((64, 1, 24), (1024, 1, 24)), windows=2, window=512)
 QUICK = Amount(((64, 1, 8), (300, 1, 8)), windows=1, window=256)
 

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from dsv4_plugin.formats import quantize_weight_fp4, quantize_weight_fp8
 from geometry import config
 from text import corpus
 
-HELD_OUT, CARD = "held_out.txt", "README.md"
+HELD_OUT = "held_out.txt"
 KEPT_CHARACTERS = 60_000
 """Of the held-out text, for whoever measures the checkpoint."""
 
@@ -46,7 +48,7 @@ def released(geometry: Geometry, weights: dict[str, Tensor]) -> Iterator[tuple[s
 
 
 def export(state: Path, checkpoint: Path) -> None:
-    """Writes `checkpoint` in place of an earlier one; its model card stays."""
+    """Writes `checkpoint`, each file in place of an earlier one; what else is there, the model card, stays."""
     weights = torch.load(state / "state.pt", weights_only=True)["model"]
     _, held_out = corpus()
 
@@ -54,14 +56,13 @@ def export(state: Path, checkpoint: Path) -> None:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(state / name, directory / name)
 
-    beside = {HELD_OUT: held_out[:KEPT_CHARACTERS]}
-    if (checkpoint / CARD).exists():
-        beside[CARD] = (checkpoint / CARD).read_text()
-    for name in beside:
-        (checkpoint / name).unlink(missing_ok=True)
-    write_checkpoint(checkpoint, config(), released(Geometry.from_config(config()), weights), tokenizer, force=True)
-    for name, content in beside.items():
-        (checkpoint / name).write_text(content)
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent) as scratch:
+        fresh = Path(scratch) / checkpoint.name
+        write_checkpoint(fresh, config(), released(Geometry.from_config(config()), weights), tokenizer)
+        (fresh / HELD_OUT).write_text(held_out[:KEPT_CHARACTERS])
+        for path in fresh.iterdir():
+            os.replace(path, checkpoint / path.name)
 
 
 if __name__ == "__main__":

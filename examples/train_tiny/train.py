@@ -44,17 +44,21 @@ class Stage:
     rate: float
     gaps: tuple[int, ...] = (6, 24)
     """Mean lengths of the text between two facts, one drawn for each document."""
+    end: float | None = None
+    """Rate at the end; that of the next stage unless given."""
     sparse: bool = True
     quantized: bool = False
     draft: bool = False
 
 
 STAGES = (
-    Stage(500, 256, 24, 1.0, gaps=(3, 4, 6, 12, 24), sparse=False),
-    Stage(300, 512, 12, 1.0, gaps=(3, 6, 12, 24, 48), sparse=False),
-    Stage(250, 1024, 6, 0.7, gaps=(6, 12, 24, 48, 96), quantized=True, draft=True),
-    Stage(120, 2048, 3, 0.4, gaps=(12, 24, 48, 96, 192), quantized=True, draft=True),
-    Stage(100, 4096, 2, 0.2, gaps=(24, 48, 96, 192), quantized=True, draft=True),
+    Stage(240, 256, 24, 1.0, gaps=(3, 4, 6, 12, 24), sparse=False),
+    Stage(200, 512, 12, 1.0, gaps=(3, 6, 12, 24, 48), sparse=False),
+    Stage(200, 1024, 6, 0.7, gaps=(6, 12, 24, 48, 96), quantized=True, draft=True),
+    Stage(60, 2048, 3, 0.4, gaps=(12, 24, 48, 96, 192), quantized=True, draft=True),
+    Stage(40, 4096, 2, 0.2, gaps=(24, 48, 96, 192), end=0.02, quantized=True, draft=True),
+    # Facts side by side once more: an entry that pools parts of two must tell them apart.
+    Stage(60, 1024, 6, 0.3, gaps=(1, 2, 6, 24, 96), end=0.02, quantized=True, draft=True),
 )
 MATRIX_RATE, VECTOR_RATE = 0.02, 0.004
 POINTER_WEIGHT = 1.0
@@ -63,6 +67,7 @@ PREVIOUS_WEIGHT = 0.1
 """Of the loss that makes the first head of the window layer look one token back: at " Alma likes" a query of a later
 layer must know the name, and text alone teaches that late."""
 BIAS_STEP = 0.002
+LOG_STEPS = 20
 
 
 def initialize(model: DeepseekV4, seed: int) -> None:
@@ -199,7 +204,7 @@ def rate(step: int) -> float:
     for stage, following in zip(STAGES, [*STAGES[1:], None]):
         if step < start + stage.steps:
             part = (step - start) / stage.steps
-            end = following.rate if following else 0.1 * stage.rate
+            end = following.rate if stage.end is None else stage.end
             return (stage.rate * (1 - part) + end * part) * min(1.0, (step + 1) / 50)
         start += stage.steps
     return 0.0
@@ -251,7 +256,7 @@ class Course:
         previous = -sum((p + 1e-4).log().mean() for p in lesson.previous_attention)
         total = loss + pointer + index + PREVIOUS_WEIGHT * previous
         for name, value in (("pointer", pointer), ("index", index), ("previous", previous)):
-            values[name].append(float(value))
+            values[name].append(value.item())
         if drafted is not None:
             draft_loss, _ = token_loss(self.model, drafted, batch, 2)
             values["draft"].append(draft_loss.item())
@@ -282,7 +287,7 @@ def main() -> int:
         for name, values in course.advance(stage).items():
             gathered[name] += values
         gathered["tokens"].append(stage.length * stage.batch)
-        if course.step % 20 == 0:
+        if course.step % LOG_STEPS == 0:
             now = time.monotonic()
             line = {"step": course.step, "length": stage.length, "tokens_per_second": sum(gathered.pop("tokens")) / (now - shown)}
             line |= {name: sum(values) / len(values) for name, values in sorted(gathered.items())}
@@ -291,7 +296,7 @@ def main() -> int:
                 log.write(json.dumps(line) + "\n")
             gathered.clear()
             shown = now
-            if now - saved > 300:
+            if now - saved > 120:
                 course.save()
                 saved = now
     course.save()

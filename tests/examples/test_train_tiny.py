@@ -165,7 +165,7 @@ def test_orthogonalized_moves_singular_values_near_one():
 
 
 def test_the_course_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "STAGES", (train.Stage(2, 128, 1, 1.0, sparse=False), train.Stage(2, 128, 1, 0.5, quantized=True, draft=True)))
+    monkeypatch.setattr(train, "STAGES", (train.Stage(2, 128, 1, 1.0, gaps=(3, 6), sparse=False), train.Stage(2, 128, 1, 0.5, end=0.1, quantized=True, draft=True)))
     monkeypatch.setattr(train, "corpus", lambda: ("In the beginning was the word. " * 400, ""))
     monkeypatch.setattr(train, "VOCAB_SIZE", 2048)
 
