@@ -7,7 +7,6 @@ from typing import Any
 from dsv4_plugin.checkpoint.tiny import tiny_config
 
 VOCAB_SIZE = 2048
-TRAINED_LENGTH = 4096
 
 
 def config() -> dict[str, Any]:
