@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: the golden set and tiny checkpoints."""
+"""Fixtures that every test may use: the golden set and tiny checkpoints. Every test starts from the same random state."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from pathlib import Path
 import pytest
 
 DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    """Small tensors are fastest on one thread, and its sums always have the same order."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

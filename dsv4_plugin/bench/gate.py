@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import flags
+from .. import flags, installation
 from ..config import Geometry, Precision
 from .accuracy import Difference, EvalError, Score, difference
 from .exam import NORMAL, Amount, Exam, Measured, Share, divergence, divergence_of_things, make_exam, measure
@@ -102,9 +101,8 @@ class Outcome:
 
 
 def checkpoint_directory() -> Path:
-    """Where the trained tiny checkpoint is: beside the package in a checkout, under share/ in an installation."""
-    checkout = Path(__file__).parents[2] / "checkpoints" / "tiny"
-    return checkout if checkout.is_dir() else Path(sysconfig.get_path("data"), "share", "dsv4_plugin", "checkpoints", "tiny")
+    """Where the trained tiny checkpoint is."""
+    return installation.directory("checkpoints/tiny")
 
 
 def _chooses(name: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import shlex
-import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from .. import installation
 from .curves import Point, load_published
 from .roofline import MODELS
 
@@ -91,22 +91,16 @@ class Recipe:
                           + ("give one with --arm" if name is None else f"{name!r} is none of them"))
 
 
-def recipe_directory() -> Path:
-    """Where recipes are: beside the package in a checkout, under share/ in an installation."""
-    checkout = Path(__file__).parents[2] / "recipes"
-    return checkout if checkout.is_dir() else Path(sysconfig.get_path("data"), "share", "dsv4_plugin", "recipes")
-
-
 def list_recipes(directory: Path | None = None) -> list[Recipe]:
     """All recipes by name. Raises RecipeError for the first wrong one."""
-    return [read_recipe(path) for path in sorted((directory or recipe_directory()).glob("*.yaml"))]
+    return [read_recipe(path) for path in sorted((directory or installation.directory("recipes")).glob("*.yaml"))]
 
 
 def find_recipe(name: str, directory: Path | None = None) -> Recipe:
     """A recipe by name, or by the path of its file. Raises RecipeError naming the nearest one."""
     if name.endswith((".yaml", ".yml")):
         return read_recipe(Path(name))
-    path = (directory or recipe_directory()) / f"{name}.yaml"
+    path = (directory or installation.directory("recipes")) / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
         near = difflib.get_close_matches(name, known, n=1)

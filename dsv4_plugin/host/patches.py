@@ -12,13 +12,14 @@ import hashlib
 import importlib.util
 import os
 import re
-import sysconfig
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+from .. import installation
 
 APPLIED, NOT_APPLIED, DRIFTED = "applied", "not applied", "drifted"
 
@@ -78,15 +79,9 @@ class Patch:
         return result
 
 
-def directory() -> Path:
-    """Where the patches are: in the checkout, or where the package installed them."""
-    checkout = Path(__file__).parents[2] / "patches"
-    return checkout if checkout.is_dir() else Path(sysconfig.get_path("data")) / "share" / "dsv4_plugin" / "patches"
-
-
 def patches(where: Path | None = None) -> list[Patch]:
     """All patches. Raises PatchError for a record that cannot be read."""
-    where = directory() if where is None else where
+    where = installation.directory("patches") if where is None else where
     found = []
     for record in sorted(where.glob("*.yaml")):
         try:

@@ -6,21 +6,11 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
 from dsv4_plugin.checkpoint.tiny import tiny_config, write_tiny
 
 WORDS = """river stone lantern harvest window market garden winter shepherd letter copper bridge morning orchard candle
 valley anchor meadow thunder basket""".split()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small tensors are fastest on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

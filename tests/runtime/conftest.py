@@ -6,7 +6,6 @@ import functools
 from importlib import import_module
 
 import pytest
-import torch
 
 from dsv4_plugin.checkpoint.load import load_checkpoint
 from dsv4_plugin.checkpoint.tiny import tiny_config, write_tiny
@@ -15,15 +14,6 @@ from dsv4_plugin.model import DeepseekV4
 from dsv4_plugin.runtime import Engine
 
 from .rows_alike import RowsAlike
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small tensors are fastest on one thread, and its sums always have the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

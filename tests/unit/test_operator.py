@@ -183,11 +183,18 @@ def test_a_stream_of_shapes_keeps_memory_bounded_and_choices_right(moe, on_gpu, 
     assert sum(row.calls for row in selection.report_rows()) == 80
 
 
-def test_a_call_costs_about_a_microsecond():
-    """CPU time of choosing, best of many. 0.7 to 0.8 µs on an idle core; the bound leaves room for others."""
+def test_choosing_costs_no_more_than_a_few_small_torch_calls():
+    """Microseconds depend on the machine and its load; a torch call timed in turn with it, best of many, does so alike.
+
+    About twice the smallest call on an idle core as on a busy one; choosing anew at each call would be tens of times.
+    """
     x, w = torch.ones(5, 64, dtype=torch.bfloat16), torch.ones(64)
     empty = selection.Operator(lambda x, *rest: None)
     selection.OPERATORS.pop(empty.name)
-    calls = 20000
-    best = min(timeit.repeat(lambda: empty(x, w, w, None, x, 6, 2.5), number=calls, repeat=20, timer=time.thread_time))
-    assert best / calls < 2.5e-6
+
+    def seconds(call):
+        return timeit.timeit(call, number=2000, timer=time.thread_time)
+
+    pairs = [(seconds(lambda: empty(x, w, w, None, x, 6, 2.5)), seconds(lambda: torch.empty_like(x))) for _ in range(50)]
+    choosing, smallest = (min(column) for column in zip(*pairs, strict=True))
+    assert choosing < 6 * smallest

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv4_plugin import installation
 from dsv4_plugin.cli import main
 from dsv4_plugin.host import patches
 from dsv4_plugin.host.patches import APPLIED, DRIFTED, NOT_APPLIED, PatchError
@@ -87,7 +88,7 @@ def test_half_a_patch_is_refused(wheel):
 ])
 def test_a_damaged_patch_is_refused(wheel, tmp_path_factory, old, new, message):
     damaged = tmp_path_factory.mktemp("patches")
-    for path in patches.directory().glob("hash-router*"):
+    for path in installation.directory("patches").glob("hash-router*"):
         shutil.copy(path, damaged)
     path = damaged / "hash-router-underflow.patch"
     assert old in path.read_text()
@@ -97,7 +98,7 @@ def test_a_damaged_patch_is_refused(wheel, tmp_path_factory, old, new, message):
 
 
 def test_a_damaged_record_is_refused(tmp_path):
-    for path in patches.directory().glob("hash-router*"):
+    for path in installation.directory("patches").glob("hash-router*"):
         shutil.copy(path, tmp_path)
     record = tmp_path / "hash-router-underflow.yaml"
     record.write_text(record.read_text().replace("title:", "titel:"))
