@@ -108,6 +108,6 @@ class Attention(nn.Module):
                                self.kv_norm.weight, self.eps, cos, sin, plan.window_write, caches.window[self.layer])
         slots = self._compressed_slots(x, qr, step)
         o = sparse_mla(q, caches.window[self.layer], plan.window, caches.compressed.get(self.layer), slots,
-                       self.attn_sink, self.softmax_scale)
-        z = grouped_output(o, cos, sin, self.wo_a.weight, self.wo_a.scale, self.groups)
+                       self.attn_sink, self.softmax_scale, cos, sin)
+        z = grouped_output(o, self.wo_a.weight, self.wo_a.scale, self.groups)
         return self.all_reduce(block_fp8_linear(z, self.wo_b.weight, self.wo_b.scale))

@@ -1,4 +1,4 @@
-"""Output projection, first half: inverse RoPE, then one matrix per group of heads (docs/model.md §3.2)."""
+"""Output projection, first half: one matrix per group of heads (docs/model.md §3.2, step 7)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from torch import Tensor
 
 from ..formats import dense_weight
 from .operator import operator
-from .rope import apply_rope
 
 
 @operator
-def grouped_output(o: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, scale: Tensor | None, groups: int) -> Tensor:
+def grouped_output(o: Tensor, weight: Tensor, scale: Tensor | None, groups: int) -> Tensor:
     """[T, groups·rank] in the dtype of `o` [T, h, 512], whose heads form `groups` groups of consecutive heads.
 
-    `o` is rotated back by its query position (`cos`, `sin` [T, 32]); `weight` [groups·rank, h/groups·512] holds the
-    groups' matrices one after the other, dense or FP8 with 128×128 block scales.
+    `o` is rotated back already, by `sparse_mla`. `weight` [groups·rank, h/groups·512] holds the groups' matrices one after
+    the other, dense or FP8 with 128×128 block scales.
     """
     weight = dense_weight(weight, scale, o.dtype)
-    o = apply_rope(o, cos, sin, inverse=True).reshape(o.shape[0], groups, weight.shape[1])
+    o = o.reshape(o.shape[0], groups, weight.shape[1])
     return torch.einsum("tgi,gri->tgr", o, weight.unflatten(0, (groups, -1))).flatten(1)

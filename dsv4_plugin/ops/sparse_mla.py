@@ -1,4 +1,5 @@
-"""Attention over cached latents: the window and the selected compressed entries, one softmax (docs/model.md §3.2)."""
+"""Attention over cached latents, the window and the selected compressed entries in one softmax, and the inverse RoPE of its
+output (docs/model.md §3.2, steps 5 and 6)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from .. import device
 from ..cache.stores import PackedLatentCache, SlotStore
 from .operator import Implementation, operator
+from .rope import apply_rope
 
 _MAX_GATHERED = 1 << 22  # bounds the reference's gathered latents to 16 MiB, which an allocator gets back at no cost
 
@@ -23,12 +25,14 @@ def _load_once(cache: SlotStore, slots: Tensor) -> tuple[Tensor, Tensor]:
 
 @operator
 def sparse_mla(q: Tensor, window_cache: SlotStore, window: Tensor, compressed_cache: SlotStore | None,
-               compressed: Tensor | None, sink: Tensor, softmax_scale: float) -> Tensor:
-    """Attention output [T, h, 512] in the dtype of `q` [T, h, 512]; a latent is both key and value.
+               compressed: Tensor | None, sink: Tensor, softmax_scale: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """Attention output [T, h, 512] in the dtype of `q` [T, h, 512], rotated back; a latent is both key and value.
 
     `window` int64 [T, 128] and `compressed` int64 [T, K] are slots of their caches, -1 where there is none; in a row of
     `compressed` no slot follows a -1. `sink`
-    fp32 [h] adds e^sink to each head's softmax denominator. Logits, softmax and sums are fp32.
+    fp32 [h] adds e^sink to each head's softmax denominator. Logits, softmax and sums are fp32. `cos` and `sin` fp32 [T, 32]
+    are the rotation of each row's position, by whose inverse the last 64 channels are multiplied: values carry their own.
+    The output is rounded before and after; an implementation may round once, after.
     """
     latents, rows = _load_once(window_cache, window)
     slots = window
@@ -47,11 +51,11 @@ def sparse_mla(q: Tensor, window_cache: SlotStore, window: Tensor, compressed_ca
         p = (logits - amax.unsqueeze(-1)).exp_()
         denominator = p.sum(-1) + (sink - amax).exp()
         out[part] = ((p @ keys) / denominator.unsqueeze(-1)).to(q.dtype)
-    return out
+    return apply_rope(out, cos, sin, inverse=True)
 
 
 def _needs_packed_bf16(q: Tensor, window_cache: SlotStore, window: Tensor, compressed_cache: SlotStore | None,
-                       compressed: Tensor | None, sink: Tensor, softmax_scale: float) -> str | None:
+                       compressed: Tensor | None, sink: Tensor, softmax_scale: float, cos: Tensor, sin: Tensor) -> str | None:
     for name, cache in (("window", window_cache), ("compressed", compressed_cache)):
         if cache is not None and not isinstance(cache, PackedLatentCache):
             return f"the {name} cache is a {type(cache).__name__}, not packed"
@@ -69,8 +73,8 @@ def _gluon_lacks() -> str | None:
 
 
 def _needs_gluon(q: Tensor, window_cache: SlotStore, window: Tensor, compressed_cache: SlotStore | None,
-                 compressed: Tensor | None, sink: Tensor, softmax_scale: float) -> str | None:
-    if reason := _needs_packed_bf16(q, window_cache, window, compressed_cache, compressed, sink, softmax_scale):
+                 compressed: Tensor | None, sink: Tensor, softmax_scale: float, cos: Tensor, sin: Tensor) -> str | None:
+    if reason := _needs_packed_bf16(q, window_cache, window, compressed_cache, compressed, sink, softmax_scale, cos, sin):
         return reason
     for cache in (window_cache, compressed_cache):
         if cache is not None and cache.slots_per_page & (cache.slots_per_page - 1):

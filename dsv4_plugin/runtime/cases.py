@@ -224,7 +224,7 @@ def _attention(d: Data):
                 slots = plan.request_slots(4)[plan.request][:, :width]
                 slots = slots.masked_fill(torch.arange(width, device=d.device) >= seen, -1)
             return (d.rows(d.size.heads, 512), d.latents(0), plan.window, compressed, slots,
-                    d.normal(d.size.heads, dtype=torch.float32), 512**-0.5)
+                    d.normal(d.size.heads, dtype=torch.float32), 512**-0.5, *d.rotations(ratio, plan.position))
         yield label, make
 
 
@@ -232,8 +232,7 @@ def _output(d: Data):
     def make():
         size, g = d.size, d.geometry
         inputs = size.heads // size.groups * 512
-        return (d.rows(size.heads, 512), *d.rotations(4, d.plan().position),
-                *d.fp8_weight(size.groups * g.o_lora_rank, inputs), size.groups)
+        return d.rows(size.heads, 512), *d.fp8_weight(size.groups * g.o_lora_rank, inputs), size.groups
     yield "wo_a", make
 
 

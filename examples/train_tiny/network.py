@@ -154,7 +154,8 @@ class BlockAttention(Attention):
         if not self.ratio:
             before = torch.arange(length) % WINDOW + WINDOW - 1
             lesson.previous_attention.append(p[:, torch.arange(1, length), 0, before[1:]])
-        z = grouped_output(o.flatten(0, 1), cos, sin, self.wo_a.weight, None, self.groups)
+        o = apply_rope(o.flatten(0, 1), cos, sin, inverse=True)
+        z = grouped_output(o, self.wo_a.weight, None, self.groups)
         return self.wo_b(z)
 
 

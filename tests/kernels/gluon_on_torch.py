@@ -193,6 +193,7 @@ class Language:
     sum = staticmethod(lambda x, axis: Tile(x.data.sum(axis)))
     exp2 = staticmethod(lambda x: Tile(torch.exp2(x.data)))
     log2 = staticmethod(lambda x: Tile(torch.log2(x.data)))
+    split = staticmethod(lambda x: tuple(Tile(half) for half in x.data.unbind(-1)))
     join = staticmethod(lambda a, b: Tile(torch.stack((a.data, b.data), -1)))
     reshape = staticmethod(lambda x, shape: Tile(x.data.reshape(shape)))
     expand_dims = staticmethod(lambda x, axis: Tile(x.data.unsqueeze(axis)))

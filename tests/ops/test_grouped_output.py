@@ -1,4 +1,4 @@
-"""Inverse RoPE and the grouped projection, one group at a time in float64 (docs/model.md §3.2)."""
+"""The grouped projection, one group at a time in float64 (docs/model.md §3.2)."""
 
 from __future__ import annotations
 
@@ -10,38 +10,34 @@ from dsv4_plugin.formats import dequantize_weight, quantize_weight_fp8
 from dsv4_plugin.ops import grouped_output
 
 
-def naive(o: torch.Tensor, angle: torch.Tensor, weight: torch.Tensor, groups: int) -> np.ndarray:
+def naive(o: torch.Tensor, weight: torch.Tensor, groups: int) -> np.ndarray:
     tokens, heads = o.shape[:2]
     rank = weight.shape[0] // groups
-    pairs = torch.view_as_complex(o[..., 448:].double().unflatten(-1, (32, 2)).contiguous())
-    pairs = pairs * torch.polar(torch.ones_like(angle.double()), -angle.double()).unsqueeze(1)
-    turned = torch.cat((o[..., :448].double(), torch.view_as_real(pairs).flatten(-2)), -1).numpy()
-    weight = weight.double().numpy()
+    o, weight = o.double().numpy(), weight.double().numpy()
     out = np.zeros((tokens, groups * rank))
     for t in range(tokens):
         for g in range(groups):
-            x = turned[t, g * heads // groups:(g + 1) * heads // groups].reshape(-1)
+            x = o[t, g * heads // groups:(g + 1) * heads // groups].reshape(-1)
             out[t, g * rank:(g + 1) * rank] = weight[g * rank:(g + 1) * rank] @ x
     return out
 
 
 @pytest.mark.parametrize("heads, groups, rank", [(4, 2, 128), (8, 8, 64), (6, 1, 128), (8, 4, 128)])
 def test_groups(heads, groups, rank):
-    o, angle = torch.randn(5, heads, 512), torch.rand(5, 32) * 7
+    o = torch.randn(5, heads, 512)
     weight = torch.randn(groups * rank, heads // groups * 512)
-    got = grouped_output.reference(o, angle.cos(), angle.sin(), weight, None, groups)
+    got = grouped_output.reference(o, weight, None, groups)
     # fp32 sums of up to 3072 products near 1.
-    np.testing.assert_allclose(got.double().numpy(), naive(o, angle, weight, groups), atol=3e-4)
+    np.testing.assert_allclose(got.double().numpy(), naive(o, weight, groups), atol=3e-4)
 
 
 def test_packed_weight():
-    o, angle = torch.randn(5, 4, 512), torch.rand(5, 32) * 7
+    o = torch.randn(5, 4, 512)
     weight, scale = quantize_weight_fp8(torch.randn(256, 1024))
-    got = grouped_output.reference(o, angle.cos(), angle.sin(), weight, scale, 2)
-    np.testing.assert_allclose(got.double().numpy(), naive(o, angle, dequantize_weight(weight, scale), 2), atol=3e-4)
+    got = grouped_output.reference(o, weight, scale, 2)
+    np.testing.assert_allclose(got.double().numpy(), naive(o, dequantize_weight(weight, scale), 2), atol=3e-4)
 
 
 def test_no_rows():
-    angle = torch.empty(0, 32)
-    got = grouped_output.reference(torch.empty(0, 4, 512), angle, angle, torch.randn(256, 1024), None, 2)
+    got = grouped_output.reference(torch.empty(0, 4, 512), torch.randn(256, 1024), None, 2)
     assert got.shape == (0, 256)

@@ -1,4 +1,5 @@
-"""Attention with a sink over gathered latents, one query and head at a time in float64 (docs/model.md §3.2)."""
+"""Attention with a sink over gathered latents, one query and head at a time in float64, and complex numbers turned back
+(docs/model.md §3.2)."""
 
 from __future__ import annotations
 
@@ -25,8 +26,19 @@ def naive(q, keys, sink) -> np.ndarray:
     return (p @ keys if len(keys) else np.zeros(512)) / (p.sum() + math.exp(sink - top))
 
 
+def pairs(out: np.ndarray) -> np.ndarray:
+    """Channels 448 + 2i and 449 + 2i of `out` [T, h, 512] as complex numbers [T, h, 32]."""
+    return out[..., 448:].copy().view(np.complex128)
+
+
+def turned_back(out: np.ndarray, angle: torch.Tensor) -> np.ndarray:
+    """`out` [T, h, 512] with its pairs times e^(-i·angle), `angle` [T, 32]."""
+    turned = pairs(out) * np.exp(-1j * angle.double().numpy())[:, None]
+    return np.concatenate((out[..., :448], turned.view(np.float64)), -1)
+
+
 class Case:
-    """Random latents in two caches and random index lists with holes."""
+    """Random latents in two caches, random index lists with holes, and a rotation for each row."""
 
     def __init__(self, tokens: int, heads: int = 3, compressed: int = 20, size: float = 1.0):
         self.q = torch.randn(tokens, heads, 512) * size
@@ -37,6 +49,7 @@ class Case:
         self.window = self._slots(tokens, 128, 400)
         self.compressed = self._slots(tokens, compressed, 100)
         self.sink = torch.randn(heads)
+        self.angle = torch.rand(tokens, 32) * 7
 
     @staticmethod
     def _slots(tokens: int, count: int, limit: int) -> torch.Tensor:
@@ -44,9 +57,11 @@ class Case:
         return slots.masked_fill(torch.rand(tokens, count) < 0.4, -1)
 
     def run(self) -> torch.Tensor:
-        return sparse_mla.reference(self.q, self.caches[0], self.window, self.caches[1], self.compressed, self.sink, SCALE)
+        return sparse_mla.reference(self.q, self.caches[0], self.window, self.caches[1], self.compressed, self.sink, SCALE,
+                                    self.angle.cos(), self.angle.sin())
 
-    def expected(self) -> np.ndarray:
+    def attention(self) -> np.ndarray:
+        """The output as the values' own rotation left it."""
         out = np.zeros(self.q.shape)
         for t in range(self.q.shape[0]):
             keys = [cache.load(slots[t][slots[t] >= 0]) for cache, slots in
@@ -55,6 +70,9 @@ class Case:
             for head in range(self.q.shape[1]):
                 out[t, head] = naive(self.q[t, head].double().numpy(), keys, self.sink[head].item())
         return out
+
+    def expected(self) -> np.ndarray:
+        return turned_back(self.attention(), self.angle)
 
     def check(self, atol: float) -> None:
         got = self.run()
@@ -124,10 +142,13 @@ def test_packed_caches_and_bf16_queries():
         page.store(torch.arange(1, len(cache.values)), cache.values[1:])
     case.caches = tuple(pages)
     case.q = case.q.bfloat16()
-    got = sparse_mla.reference(case.q, pages[0], case.window, pages[1], case.compressed, case.sink, SCALE)
+    got = case.run()
     assert got.dtype == torch.bfloat16
-    # All arithmetic is fp32; only the result is rounded to bf16.
-    np.testing.assert_allclose(got.double().numpy(), case.expected(), rtol=2**-8, atol=2e-6)
+    # All arithmetic is fp32; attention is rounded to bf16, by up to 2^-8 of a value, so of a pair's length, and pairs once more
+    # after the rotation, which keeps lengths.
+    got, want = got.double().numpy(), case.expected()
+    np.testing.assert_allclose(got[..., :448], want[..., :448], rtol=2**-8, atol=2e-6)
+    assert (abs(pairs(got) - pairs(want)) <= 2.01 * 2**-8 * abs(pairs(want)) + 4e-6).all()
 
 
 def test_no_rows():

@@ -80,7 +80,7 @@ def first_entries_selected(patch, model):
 
 
 def no_inverse_rope(patch, model):
-    replace(patch, attention, "grouped_output", cos=one_like, sin=torch.zeros_like)
+    replace(patch, attention, "sparse_mla", cos=one_like, sin=torch.zeros_like)
 
 
 def window_of_127(patch, model):

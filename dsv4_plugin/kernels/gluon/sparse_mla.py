@@ -7,7 +7,7 @@ transposed for the values; no wave repeats a product of another; the bytes of th
 Up to 16 heads, the four waves share a tile's slots for the logits and its channels for the values. From 64 heads
 each wave has 16 heads of its own. In between, two by two.
 
-Floor of one token in one layer, n slots and h heads: 584 n + 2·1024 h bytes and 2·1024 n h operations.
+Floor of one token in one layer, n slots and h heads: 584 n + 2·1024 h + 256 bytes and 2·1024 n h operations.
 """
 
 from __future__ import annotations
@@ -151,7 +151,17 @@ def _logits(q, tile, CHUNK: gl.constexpr, SUMS: gl.constexpr, MMA: gl.constexpr,
 
 
 @gluon.jit
-def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, zero_ptr, window_ptr, window_slots_ptr, compressed_ptr,
+def _rotated_back(x, cos_ptr, sin_ptr):
+    """fp32 `x` [heads, 64] times cos - i·sin, 32 each: of a pair (2i, 2i+1) of channels both are in one lane."""
+    real, imaginary = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    pair = gl.arange(0, real.shape[1], gl.SliceLayout(0, real.type.layout))
+    cos, sin = gl.load(cos_ptr + pair)[None, :], gl.load(sin_ptr + pair)[None, :]
+    rotated = gl.join(real * cos + imaginary * sin, imaginary * cos - real * sin)
+    return gl.convert_layout(gl.reshape(rotated, x.shape), x.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, cos_ptr, sin_ptr, zero_ptr, window_ptr, window_slots_ptr, compressed_ptr,
             compressed_slots_ptr, window_count, compressed_count, window_page_bytes, compressed_page_bytes, heads,
             scale_log2, sink_scale, WINDOW_PAGE: gl.constexpr, COMPRESSED_PAGE: gl.constexpr, BLOCK_H: gl.constexpr,
             BLOCK_K: gl.constexpr, SPLITS: gl.constexpr, TILES: gl.constexpr, AHEAD: gl.constexpr, CHUNK: gl.constexpr,
@@ -255,6 +265,8 @@ def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, zero_ptr, window_ptr, window_slot
         gl.store(lse_ptr + row, gl.where(denominator > 0, amax + gl.log2(some), float("-inf")), mask=head < heads)
         part = 1.0 / some
     else:
+        at = token * (_BLOCK // 2)
+        o = o[:_NOPE_BLOCKS] + (_rotated_back(o[_NOPE_BLOCKS], cos_ptr + at, sin_ptr + at),)
         sink = gl.load(sink_ptr + head, mask=head < heads, other=0.0) * sink_scale
         highest = gl.maximum(amax, sink)
         weight = gl.exp2(amax - highest)
@@ -280,7 +292,7 @@ def _zero_page(device: torch.device, size: int) -> Tensor:
 
 
 def sparse_mla(q: Tensor, window_cache: PackedLatentCache, window: Tensor, compressed_cache: PackedLatentCache | None,
-               compressed: Tensor | None, sink: Tensor, softmax_scale: float) -> Tensor:
+               compressed: Tensor | None, sink: Tensor, softmax_scale: float, cos: Tensor, sin: Tensor) -> Tensor:
     """The operator (ops/sparse_mla.py) on gfx950 for bf16 `q` and packed caches of 2^n slots a page.
 
     In a row of `compressed` no slot follows a -1. `window` has at least one column.
@@ -302,12 +314,12 @@ def sparse_mla(q: Tensor, window_cache: PackedLatentCache, window: Tensor, compr
         lse = q.new_empty(tokens, heads, splits, dtype=torch.float32)
     zero = _zero_page(q.device, max(window_cache.pages.shape[1], compressed_cache.pages.shape[1]))
     _attend[(tokens, head_blocks, splits)](
-        q.contiguous(), part, lse, sink, zero, window_cache.pages, window.contiguous(), compressed_cache.pages,
+        q.contiguous(), part, lse, sink, cos, sin, zero, window_cache.pages, window.contiguous(), compressed_cache.pages,
         compressed.contiguous(), window.shape[1], compressed.shape[1], window_cache.pages.stride(0),
         compressed_cache.pages.stride(0), heads, softmax_scale * LOG2_E, LOG2_E,
         WINDOW_PAGE=window_cache.slots_per_page, COMPRESSED_PAGE=compressed_cache.slots_per_page, BLOCK_H=tile.heads,
         BLOCK_K=tile.slots, SPLITS=splits, TILES=max(TILES, triton.next_power_of_2(compressed_tiles)),
         AHEAD=tile.ahead, CHUNK=tile.chunk, SUMS=tile.sums, WARPS=_WARPS, num_warps=_WARPS)
     if splits > 1:
-        combine[(tokens * heads,)](part, lse, sink, out, heads, SPLITS=splits, num_warps=4)
+        combine[(tokens * heads,)](part, lse, sink, cos, sin, out, heads, SPLITS=splits, num_warps=4)
     return out

@@ -2,9 +2,10 @@
 
 A program takes BLOCK_H heads of one token and walks its slots in tiles of BLOCK_K. A latent is key and value, so a
 tile is fetched and dequantised once and used for both products. When tokens and heads alone do not fill the device,
-the tiles of a token are split over programs and a second kernel combines them.
+the tiles of a token are split over programs and a second kernel combines them. Whichever finishes a head rotates its last
+64 channels back in registers, before the one rounding.
 
-Floor of one token in one layer, n slots and h heads: 584 n + 2·1024 h bytes and 2·1024 n h operations.
+Floor of one token in one layer, n slots and h heads: 584 n + 2·1024 h + 256 bytes and 2·1024 n h operations.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from ... import device
 from ...cache.layout import LATENT_DATA_BYTES, LATENT_DIM, LATENT_SCALE_BYTES, NOPE_DIM, SCALE_BLOCK
 from ...cache.stores import PackedLatentCache
+from .entries import load_rotation, rotate
 from .formats import INTERPRETED, fp8_to_fp32, to_bf16
 
 LOG2_E = 1.4426950408889634
@@ -36,6 +38,7 @@ _NOPE = tl.constexpr(NOPE_DIM)
 _BLOCK = tl.constexpr(SCALE_BLOCK)
 _LOG2E = tl.constexpr(LOG2_E)
 _BLOCKS = tl.constexpr(LATENT_DIM // SCALE_BLOCK)
+_NOPE_BLOCKS = tl.constexpr(NOPE_DIM // SCALE_BLOCK)
 _DOT = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)  # the interpreter cannot multiply bf16
 _NONE = tl.constexpr(-1e30)  # below every logit, and finite, so that differences of it are
 
@@ -128,8 +131,8 @@ def _rounded(x, BF16: tl.constexpr):
 
 
 @triton.jit
-def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, window_ptr, window_slots_ptr, compressed_ptr, compressed_slots_ptr,
-            window_count, compressed_count, window_page_bytes, compressed_page_bytes, heads, scale_log2,
+def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, cos_ptr, sin_ptr, window_ptr, window_slots_ptr, compressed_ptr,
+            compressed_slots_ptr, window_count, compressed_count, window_page_bytes, compressed_page_bytes, heads, scale_log2,
             WINDOW_PAGE: tl.constexpr, COMPRESSED_PAGE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
             SPLITS: tl.constexpr, TILES: tl.constexpr, PIN: tl.constexpr):
     """One split of BLOCK_H heads of one token: the output, or its part and base-2 log-sum-exp when SPLITS > 1."""
@@ -192,6 +195,9 @@ def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, window_ptr, window_slots_ptr, com
         tl.store(lse_ptr + row, tl.where(denominator > 0, amax + tl.log2(some), float("-inf")), mask=live)
         part = 1.0 / some
     else:
+        pair = tl.arange(_NOPE // 2, _DIM // 2)[None, :]
+        cos, sin = load_rotation(cos_ptr, sin_ptr, token, pair, _DIM)
+        o = o[:_NOPE_BLOCKS] + (rotate(o[_NOPE_BLOCKS], cos, -sin),)
         sink = tl.load(sink_ptr + head, mask=live, other=0.0) * _LOG2E
         highest = tl.maximum(amax, sink)
         weight = tl.exp2(amax - highest)
@@ -202,25 +208,27 @@ def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, window_ptr, window_slots_ptr, com
 
 
 @triton.jit
-def combine(part_ptr, lse_ptr, sink_ptr, out_ptr, heads, SPLITS: tl.constexpr):
-    """One head of one token from its splits and the sink; splits that did not run weigh nothing and are not read."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(0) % heads
+def combine(part_ptr, lse_ptr, sink_ptr, cos_ptr, sin_ptr, out_ptr, heads, SPLITS: tl.constexpr):
+    """One head of one token from its splits and the sink, rotated back; splits that did not run weigh nothing and are not
+    read."""
+    row, token, head = tl.program_id(0).to(tl.int64), tl.program_id(0) // heads, tl.program_id(0) % heads
+    cos, sin = load_rotation(cos_ptr, sin_ptr, token, tl.arange(0, _DIM // 2)[None, :], _DIM)
     lse = tl.load(lse_ptr + row * SPLITS + tl.arange(0, SPLITS))
     sink = tl.load(sink_ptr + head) * _LOG2E
     highest = tl.maximum(tl.max(lse, 0), sink)
     denominator = tl.sum(tl.exp2(lse - highest), 0) + tl.exp2(sink - highest)
-    column = tl.arange(0, _DIM)
-    o = tl.zeros([_DIM], tl.float32)
+    column = tl.arange(0, _DIM)[None, :]
+    o = tl.zeros([1, _DIM], tl.float32)
     for split in range(SPLITS):
         part_lse = tl.load(lse_ptr + row * SPLITS + split)
         written = tl.where(part_lse > float("-inf"), _DIM, 0)
         part = tl.load(part_ptr + (row * SPLITS + split) * _DIM + column, mask=column < written, other=0.0)
         o += part * tl.exp2(part_lse - highest)
-    tl.store(out_ptr + row * _DIM + column, to_bf16(o / denominator))
+    tl.store(out_ptr + row * _DIM + column, to_bf16(rotate(o / denominator, cos, -sin)))
 
 
 def sparse_mla(q: Tensor, window_cache: PackedLatentCache, window: Tensor, compressed_cache: PackedLatentCache | None,
-               compressed: Tensor | None, sink: Tensor, softmax_scale: float) -> Tensor:
+               compressed: Tensor | None, sink: Tensor, softmax_scale: float, cos: Tensor, sin: Tensor) -> Tensor:
     """The operator (ops/sparse_mla.py) for bf16 `q` and packed caches whose pages hold a power of two of slots.
 
     In a row of `compressed` no slot follows a -1.
@@ -228,7 +236,7 @@ def sparse_mla(q: Tensor, window_cache: PackedLatentCache, window: Tensor, compr
     tokens, heads, _ = q.shape
     if compressed is None or compressed.shape[1] == 0:
         compressed_cache, compressed = window_cache, window[:, :0]
-    out = torch.empty_like(q)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if tokens == 0:
         return out
     tile = _tile(heads)
@@ -240,7 +248,7 @@ def sparse_mla(q: Tensor, window_cache: PackedLatentCache, window: Tensor, compr
         part = q.new_empty(tokens, heads, splits, LATENT_DIM, dtype=torch.float32)
         lse = q.new_empty(tokens, heads, splits, dtype=torch.float32)
     _attend[(tokens, head_blocks, splits)](
-        q.contiguous(), part, lse, sink, window_cache.pages, window.contiguous(), compressed_cache.pages,
+        q.contiguous(), part, lse, sink, cos, sin, window_cache.pages, window.contiguous(), compressed_cache.pages,
         compressed.contiguous(), window.shape[1], compressed.shape[1], window_cache.pages.stride(0),
         compressed_cache.pages.stride(0), heads, softmax_scale * LOG2_E,
         WINDOW_PAGE=window_cache.slots_per_page, COMPRESSED_PAGE=compressed_cache.slots_per_page, BLOCK_H=tile.heads,
@@ -248,5 +256,5 @@ def sparse_mla(q: Tensor, window_cache: PackedLatentCache, window: Tensor, compr
         TILES=max(TILES, triton.next_power_of_2(triton.cdiv(compressed.shape[1], tile.slots))),
         num_warps=tile.warps, num_stages=1, **tile.options)
     if splits > 1:
-        combine[(tokens * heads,)](part, lse, sink, out, heads, SPLITS=splits, num_warps=4)
+        combine[(tokens * heads,)](part, lse, sink, cos, sin, out, heads, SPLITS=splits, num_warps=4)
     return out

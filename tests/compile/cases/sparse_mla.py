@@ -24,8 +24,9 @@ def _call(kernel, tokens: int, heads: int, entries: int, ratio: int) -> torch.Te
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     compressed = (_cache(ratio), meta(tokens, entries, dtype=torch.int64)) if ratio else (None, None)
-    return kernel.sparse_mla(meta(tokens, heads, 512, dtype=torch.bfloat16), _cache(0),
-                             meta(tokens, 128, dtype=torch.int64), *compressed, meta(heads, dtype=torch.float32), 512**-0.5)
+    rotation = [meta(tokens, 32, dtype=torch.float32)] * 2
+    return kernel.sparse_mla(meta(tokens, heads, 512, dtype=torch.bfloat16), _cache(0), meta(tokens, 128, dtype=torch.int64),
+                             *compressed, meta(heads, dtype=torch.float32), 512**-0.5, *rotation)
 
 
 def _units(constants) -> Units:
