@@ -44,9 +44,10 @@ class Floor:
 def sparse_mla(tokens: int, heads: int, slots: int, distinct: int) -> Floor:
     """`slots` over all tokens, of which `distinct` are different: those are read once, all are multiplied.
 
-    Query and output are 1024 bytes a head each; a slot takes part in two products of 512 for every head.
+    Query and output are 1024 bytes a head each, cos and sin are read to rotate the output back; a slot takes part in two
+    products of 512 for every head.
     """
-    return Floor(distinct * LATENT_BYTES + tokens * heads * 2 * LATENT_DIM * _BF16, slots * heads * 2 * 2 * LATENT_DIM)
+    return Floor(distinct * LATENT_BYTES + tokens * (heads * 2 * LATENT_DIM * _BF16 + _ROTATION), slots * heads * 2 * 2 * LATENT_DIM)
 
 
 def indexer_logits(tokens: int, heads: int, logits: int, entries: int) -> Floor:
@@ -103,10 +104,14 @@ def window_items(ratio: int) -> int:
 
 
 def sparse_mla_issued(tokens: int, heads: int, slots: int, head_block: int, splits: int) -> int:
-    """Bytes of `slots` a token for every block of `head_block` heads, its list of slots, and split parts written and read."""
+    """Bytes of `slots` a token for every block of `head_block` heads, its list of slots, and split parts written and read.
+
+    cos and sin are read for every block, or for every head where parts are combined.
+    """
     blocks = -(-heads // head_block)
+    rotations = heads if splits > 1 else blocks
     parts = 2 * splits * heads * (LATENT_DIM + 1) * _FP32 if splits > 1 else 0
-    return tokens * (blocks * slots * (LATENT_BYTES + _INT64) + heads * 2 * LATENT_DIM * _BF16 + parts)
+    return tokens * (blocks * slots * (LATENT_BYTES + _INT64) + heads * 2 * LATENT_DIM * _BF16 + parts + rotations * _ROTATION)
 
 
 def topk_select_issued(visible: int, topk: int, chunk: int) -> int:

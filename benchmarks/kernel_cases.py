@@ -205,8 +205,9 @@ def _attention(model: Model, ratio: int, step: Step, topk: int) -> Case:
         floor = floors.sparse_mla(step.tokens, model.heads, sum(part.numel() for part in there),
                                   sum(part.unique().numel() for part in there))
         scale = 512**-0.5
-        return Call(OPERATORS["sparse_mla"], (q, window_cache, window, cache, slots, sink, scale), floor, step.tokens,
-                    lambda rows: (q[rows], window_cache, window[rows], cache, slots[rows], sink, scale))
+        cos, sin = rotations(step.positions(device))
+        return Call(OPERATORS["sparse_mla"], (q, window_cache, window, cache, slots, sink, scale, cos, sin), floor, step.tokens,
+                    lambda rows: (q[rows], window_cache, window[rows], cache, slots[rows], sink, scale, cos[rows], sin[rows]))
 
     width = min(topk, step.context // 4) if ratio == 4 else step.context // 128
     pools = (step.requests * step.pages + 1) * latent_page_bytes(entries_per_page(ratio))

@@ -20,6 +20,7 @@ from torch import Tensor
 from dsv4_plugin import device
 from dsv4_plugin.cache.layout import INDEX_PAGE_ENTRIES
 from dsv4_plugin.cache.stores import PackedLatentCache
+from dsv4_plugin.ops.rope import apply_rope
 
 _MOST_GATHERED = 1 << 34  # bytes of bf16 latents laid out for a peer that cannot read the paged cache
 
@@ -89,19 +90,25 @@ def _as_flash_mla(cache: PackedLatentCache) -> Tensor:
 
 def _flash_mla(call: Call, decode: bool) -> Peer:
     flash_mla = _package("flash_mla")
-    q, window_cache, window, cache, slots, sink, scale = call.arguments
+    q, window_cache, window, cache, slots, sink, scale, cos, sin = call.arguments
     heads, padded = q.shape[1], _padded_heads(q.shape[1])
     more = padded - heads
     q, sink = F.pad(q, (0, 0, 0, more)), F.pad(sink, (0, more))
-    padding = f"; on {padded} heads, {more} of them zeros, as the host calls it" if more else ""
+    apart = "; it leaves the output's inverse RoPE to the check, out of its time"
+    if more:
+        apart += f"; on {padded} heads, {more} of them zeros, as the host calls it"
+
+    def rows_of(out: Tensor, rows: Tensor) -> Tensor:
+        return apply_rope(out[rows, :heads], cos[rows], sin[rows], inverse=True)
+
     if decode:
         meta, _ = flash_mla.get_mla_metadata()
         arguments = dict(
             q=q.unsqueeze(1), k_cache=_as_flash_mla(window_cache), block_table=None, cache_seqlens=None, head_dim_v=512,
             tile_scheduler_metadata=meta, softmax_scale=scale, is_fp8_kvcache=True, indices=_wide(window, 64), attn_sink=sink,
             extra_k_cache=_as_flash_mla(cache), extra_indices_in_kvcache=_wide(slots, 64), use_legacy=True)
-        return Peer("flash_mla", lambda: flash_mla.flash_mla_with_kvcache(**arguments)[0], lambda out, rows: out[rows, 0, :heads],
-                    lambda want, rows: want, f"the same pages and slots, its schedule reused{padding}")
+        return Peer("flash_mla", lambda: flash_mla.flash_mla_with_kvcache(**arguments)[0][:, 0], rows_of, lambda want, rows: want,
+                    f"the same pages and slots, its schedule reused{apart}")
     latents, lists = [], []
     for each, store in ((window, window_cache), (slots, cache)):
         distinct, place = each.unique(return_inverse=True)
@@ -113,8 +120,8 @@ def _flash_mla(call: Call, decode: bool) -> Peer:
     # In a row what is absent comes first in the window and last among entries: both are -1, which it skips.
     indices = _wide(torch.cat(lists, 1), 128)
     return Peer("flash_mla", lambda: flash_mla.flash_mla_sparse_fwd(q, kv, indices, scale, 512, sink, use_legacy=True)[0],
-                lambda out, rows: out[rows, :heads], lambda want, rows: want,
-                f"latents already dequantised to bf16, 1024 B each; making them is not in its time{padding}")
+                rows_of, lambda want, rows: want,
+                f"latents already dequantised to bf16, 1024 B each; making them is not in its time{apart}")
 
 
 def _deep_gemm(call: Call, decode: bool) -> Peer:

@@ -15,7 +15,8 @@ import floors  # noqa: E402
 def test_attention():
     # Two tokens of one request, four heads; each sees three slots, two of which both see: four distinct.
     floor = floors.sparse_mla(tokens=2, heads=4, slots=6, distinct=4)
-    assert floor.bytes == 4 * (448 + 128 + 8) + 2 * 4 * (1024 + 1024)
+    # cos and sin of a token are 32 fp32 each.
+    assert floor.bytes == 4 * (448 + 128 + 8) + 2 * (4 * (1024 + 1024) + 2 * 32 * 4)
     assert floor.operations == 6 * 4 * (512 * 2 + 512 * 2)
     assert floor.products == "bf16"
 
@@ -102,6 +103,13 @@ def test_issued_by_compression():
     assert floors.compress_issued(windows=2, kept=1, tokens=3, ratio=128, dim=512, stripe=32) == 2 * window + 3 * 8 + 2 * 4096
     window = 8 + 8 * 16 + 8 * 512 * 12 + (512 * 2 + 256 + 8 + 583)
     assert floors.compress_issued(windows=2, kept=1, tokens=3, ratio=4, dim=512, stripe=512) == 2 * window + 3 * 8 + 2 * 8192
+
+
+def test_issued_by_attention():
+    # 128 heads in two blocks of 64: both read 10 slots with their numbers, and cos and sin; then in 4 parts, combined by head.
+    whole = 2 * 10 * (584 + 8) + 128 * (1024 + 1024)
+    assert floors.sparse_mla_issued(3, 128, 10, 64, 1) == 3 * (whole + 2 * 256)
+    assert floors.sparse_mla_issued(3, 128, 10, 64, 4) == 3 * (whole + 2 * 4 * 128 * (512 + 1) * 4 + 128 * 256)
 
 
 def test_issued_is_never_below_the_floor():
