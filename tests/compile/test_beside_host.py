@@ -24,13 +24,14 @@ def test_every_row_of_the_host_is_shown():
 
 def test_ratios_by_hand():
     rows = {tuple(row[2:5]): row for row in cells(beside_host.attention()) if row[0] == "**ours**, decode"}
-    # 512 tokens of 16 heads in one pass: 1152 slots of 584 bytes and 8 of list, 32 KiB of query and output.
-    assert rows["16", "512", "1152"][-1] == f"{(1152 * 592 + 32768) / (1152 * 584 + 32768):.2f}"
-    # 4 tokens: 16 splits, whose 512 sums and one log-sum-exp a head in fp32 are written and read.
-    assert rows["16", "4", "1152"][-1] == f"{(1152 * 592 + 32768 + 2 * 16 * 16 * 513 * 4) / (1152 * 584 + 32768):.2f}"
+    # 512 tokens of 16 heads in one pass: 1152 slots of 584 bytes and 8 of list, 32 KiB of query and output, cos and sin.
+    floor = 1152 * 584 + 32768 + 256
+    assert rows["16", "512", "1152"][-1] == f"{(1152 * 592 + 32768 + 256) / floor:.2f}"
+    # 4 tokens: 16 splits, whose 512 sums and one log-sum-exp a head in fp32 are written and read; cos and sin for each head.
+    assert rows["16", "4", "1152"][-1] == f"{(1152 * 592 + 32768 + 2 * 16 * 16 * 513 * 4 + 16 * 256) / floor:.2f}"
     host = next(row for row in cells(beside_host.attention()) if row[:5] == ["SGLang `paged_prefill`", "bf16 1024 B", "16", "4096", "1152"])
     # bf16 latents of 1024 bytes and 4 of list, against the same floor.
-    assert host[-1] == f"{(1152 * 1028 + 32768) / (1152 * 584 + 32768):.2f}"
+    assert host[-1] == f"{(1152 * 1028 + 32768) / floor:.2f}"
 
 
 def test_tables_of_other_tools_are_refused(monkeypatch):
