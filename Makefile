@@ -18,10 +18,13 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[host,dev]'
 	@touch $@
 
-# A process that interprets Triton kernels cannot compile them, and the reverse: two runs.
+# A process that interprets Triton kernels cannot compile them, and the reverse: two runs. Whole files go to a process, whose
+# tests share a server or a model.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: install
-	$(BIN)/python -m pytest $(ARGS)
-	$(BIN)/python -m pytest tests/kernels $(ARGS)
+	$(PYTEST) $(ARGS)
+	$(PYTEST) tests/kernels $(ARGS)
 
 demo: install
 	$(BIN)/python examples/demo.py $(ARGS)

@@ -137,6 +137,7 @@ def quantize_weight_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
+@torch.inference_mode(False)  # it is kept, also for those who will take gradients
 def _hadamard_matrix(size: int, device: torch.device) -> Tensor:
     matrix = torch.ones(1, 1, device=device)
     while matrix.shape[0] < size:

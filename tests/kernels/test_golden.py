@@ -60,8 +60,8 @@ def test_all_kernels_serve_the_golden_sequence(golden_dir, golden_geometry, gold
         forced.setattr(attention, "sparse_mla", rounded_once)
         reference = score(model, tokens)
 
-    # Figures of tests/data/golden/README.md. Kernels and this reference round in the same places and differ in the order of
-    # sums alone, so by less than bf16 arithmetic moves this model (mean 0.043); against exact, bf16 with the cache's roundings has mean 0.13, and
-    # the mildest mistake that shows above them 0.27.
+    # Figures of tests/data/golden/README.md. Kernels and this reference round in the same places and differ in the order
+    # of sums alone, so by less than bf16 arithmetic moves this model (mean 0.043); against exact, bf16 with the cache's
+    # roundings has mean 0.13, and the mildest mistake that shows above them 0.27.
     assert difference(logits, reference, tokens).mean() < 0.043
     assert difference(logits, golden["logits_2"], tokens).mean() < 0.2

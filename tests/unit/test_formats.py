@@ -231,6 +231,14 @@ def test_hadamard_is_sylvester(size):
     np.testing.assert_allclose(formats.hadamard(x).numpy(), expected, atol=2e-6)
 
 
+def test_hadamard_learns_after_it_served():
+    with torch.inference_mode():
+        formats.hadamard(torch.ones(2, 2048))
+    x = torch.randn(2, 2048, requires_grad=True)
+    formats.hadamard(x)[:, 0].sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 2048**-0.5))  # column 0 is all ones
+
+
 def test_hadamard_keeps_dot_products():
     q, k = torch.randn(2, 50, 128, generator=torch.Generator().manual_seed(8))
     # Orthogonal: equal up to fp32 sums of 128 products.
