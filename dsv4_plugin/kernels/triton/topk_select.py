@@ -5,8 +5,8 @@ keeps in order. Rows longer than a chunk keep k candidates of each chunk, and th
 since both steps keep the lowest numbers among equals, so does the whole. Nothing depends on timing, nothing is atomic.
 How many candidates a row has follows from the entries it sees, so chunks past those end at once.
 
-Byte floor of a row: 4 for each entry it sees, 8·k written. A candidate adds 12 bytes, and 4 more where it is kept
-(k = 1024: 0.8 bytes an entry of full chunks).
+Byte floor of a row: 4 for each entry it sees, 8·k written. A candidate adds 12 bytes, its number is read only where it is
+kept (k = 1024: 0.75 bytes an entry of full chunks, a fifth of the floor).
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def topk_select_kernel(values, numbers, visible, out_keys, out_numbers, stride, 
             key = _ordered(key)
         key = tl.where(at < length, key, _LOWEST)
         border, count = _border(key, length, topk)
-        if count > topk:  # the last ones at the border are too many
+        if count > topk:  # too many equals: the last of them go
             wanted = topk - tl.sum((key > border).to(tl.int32), 0)
             key = tl.where((key == border) & (_running(key == border) > wanted), _LOWEST, key)
         kept = key >= border
