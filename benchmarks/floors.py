@@ -115,14 +115,15 @@ def sparse_mla_issued(tokens: int, heads: int, slots: int, head_block: int, spli
 
 
 def topk_select_issued(visible: int, topk: int, chunk: int) -> int:
-    """Bytes of one row: every selection but the last keeps `topk` values and numbers of each `chunk`, which the next reads."""
-    issued, length, element = 0, visible, _FP32
+    """Bytes of one row: every selection but the last keeps `topk` values and numbers of each `chunk`; the next reads the values,
+    and the numbers of what it keeps."""
+    issued, length, number = 0, visible, 0
     while length > chunk:
         before = (length - 1) // chunk
         kept = before * topk + min(length - before * chunk, topk)
-        issued += length * element + kept * 2 * _FP32
-        length, element = kept, 2 * _FP32
-    return issued + length * element + topk * _INT64
+        issued += length * _FP32 + kept * (number + 2 * _FP32)
+        length, number = kept, _FP32
+    return issued + length * _FP32 + min(length, topk) * number + topk * _INT64
 
 
 def compress_issued(windows: int, kept: int, tokens: int, ratio: int, dim: int, stripe: int) -> int:

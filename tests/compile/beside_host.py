@@ -105,7 +105,7 @@ def logits() -> str:
     return _table(("kernel", "keys", *_COLUMNS[5:9], "issue cycles a logit", "product repeated"), cells)
 
 
-_TOPK_SHAPES = ((8192, 1024), (9216, 1024), (16384, 1024), (32768, 1024), (262144, 1024), (32768, 512), (262144, 512))
+_TOPK_SHAPES = ((8192, 1024), (16384, 1024), (17408, 1024), (32768, 1024), (262144, 1024), (32768, 512), (262144, 512))
 _COMPRESS_SHAPES = [(kind, phase, *rest) for kind, ratio, dim in (("c4", 4, 512), ("c4 index", 4, 128), ("c128", 128, 512))
                     for phase, *rest in (("decode, 1 completes", ratio, dim, 1, 1, 1), ("decode, 64 complete", ratio, dim, 64, 64, 64),
                                          ("prefill 8192", ratio, dim, 8192 // ratio, {4: 128, 128: 0}[ratio], 8192))]

@@ -23,7 +23,15 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("entries", [1, 16, 17, 777, 1025, 8192])
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_poisoned():
+    """torch.empty gives NaN and the largest integers: what a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("entries", [1, 16, 17, 777, 1025, 16384])
 def test_one_chunk(entries):
     assert_same(normal(3, entries), [entries, entries // 2, 0], 16)
 
@@ -33,16 +41,41 @@ def test_released_sizes(topk):
     assert_same(normal(3, 2500), [2500, topk + 1, topk], topk)
 
 
-@pytest.mark.parametrize("logits", [
-    torch.zeros(2, 3000), torch.full((2, 3000), -1e30),
-    torch.arange(6000.0).view(2, 3000), -torch.arange(6000.0).view(2, 3000),
-    normal(2, 3000).round(), normal(2, 3000) * 1e-40, normal(2, 3000).mul(40).exp(), -normal(2, 3000).mul(40).exp(),
-    torch.where(normal(2, 3000) > 0, 0.0, -0.0),
-    normal(2, 3000).masked_fill(normal(2, 3000, seed=1) > -1, float("-inf")),
-], ids=["zeros", "equal", "ascending", "descending", "ties", "denormal", "huge", "huge negative", "signed zeros", "inf"])
+VALUES = {
+    "zeros": torch.zeros(2, 3000), "equal": torch.full((2, 3000), -1e30),
+    "ascending": torch.arange(6000.0).view(2, 3000), "descending": -torch.arange(6000.0).view(2, 3000),
+    "ties": normal(2, 3000).round(), "denormal": normal(2, 3000) * 1e-40,
+    "huge": normal(2, 3000).mul(40).exp(), "huge negative": -normal(2, 3000).mul(40).exp(),
+    "of either sign": torch.where(normal(2, 3000) > 0, 1e4, -1e4),
+    "signed zeros": torch.where(normal(2, 3000) > 0, 0.0, -0.0),
+    "signed zeros between denormals": torch.tensor([1e-45, 0.0, -0.0, -1e-45]).repeat(2, 750),
+    "inf": normal(2, 3000).masked_fill(normal(2, 3000, seed=1) > -1, float("-inf")),
+}
+
+
+@pytest.mark.parametrize("logits", VALUES.values(), ids=VALUES)
 def test_values(logits):
     """Ties go to the lowest numbers; signed zeros are equal; -inf of a visible entry is a value."""
-    assert_same(logits, [3000, 2999], 512)
+    assert_same(logits, [3000, 2999], 1200)
+
+
+@pytest.mark.parametrize("logits", VALUES.values(), ids=VALUES)
+def test_values_of_many_chunks(logits, monkeypatch):
+    monkeypatch.setattr(kernels, "_CHUNK", 512)
+    monkeypatch.setattr(kernels, "_LEAST_BLOCK", 64)
+    assert_same(logits, [3000, 513], 100)
+
+
+def test_nan_is_past_infinity():
+    """By its sign, above or below every value; all bits set, the lowest of all, is not taken for what no row sees."""
+    logits = normal(2, 400)
+    highest, lowest = logits > 1, logits < -1
+    nan = torch.where(highest, 0x7FC00000, -1).to(torch.int32).view(torch.float32)
+    seen = torch.tensor([400, 90])
+    for topk in (20, 300, 390):
+        got = topk_select.implementations["triton"].load()(torch.where(highest | lowest, nan, logits), seen, topk)
+        want = logits.masked_fill(highest, float("inf")).masked_fill(lowest, float("-inf"))
+        assert torch.equal(got, topk_select.reference(want, seen, topk))
 
 
 @pytest.mark.parametrize("visible", [0, 1, 255, 256, 257, 300, 511, 512, 2000, 4000])
@@ -52,6 +85,20 @@ def test_levels(visible, monkeypatch):
     monkeypatch.setattr(kernels, "_LEAST_BLOCK", 64)
     assert_same(normal(2, 4000), [visible, 4000], 40)
     assert_same((normal(2, 4000) * 2).round(), [visible, 4000], 40)
+
+
+@pytest.mark.parametrize("entries", [16385, 33000])
+def test_released_chunks(entries):
+    """Rows of a chunk, one entry more and one less; the border lies among equals of two chunks."""
+    assert_same(normal(3, entries).mul_(2).round_(), [entries, 16384, 16383], 512)
+
+
+def test_border_across_chunks():
+    """The equals that are kept end just before, at and just after the first entry of the second chunk."""
+    logits = torch.full((3, 16900), -1.0)
+    for row, first in enumerate((15872, 15873, 15874)):
+        logits[row, first:] = 0.0
+    assert_same(logits, [16900] * 3, 512)
 
 
 def test_longest_context():

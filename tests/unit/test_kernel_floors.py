@@ -77,24 +77,27 @@ def selected(visible: int, topk: int, chunk: int) -> int:
     while True:
         length = sizes[0]
         chunks = [min(chunk, length - start) for start in range(0, length, chunk)]
-        moved += sum(part * (4 if first else 8) for part in chunks)
+        kept = [min(part, topk) for part in chunks]
+        moved += 4 * sum(chunks) + (0 if first else 4 * sum(kept))
         if len(chunks) == 1:
             return moved + 8 * topk
-        kept = [min(part, topk) for part in chunks]
         moved += sum(8 * part for part in kept)
         sizes, first = [sum(kept)], False
 
 
-@pytest.mark.parametrize("visible", [1024, 8192, 8193, 9216, 16384, 32768, 100_003, 262_144])
+@pytest.mark.parametrize("visible", [1024, 8192, 16384, 16385, 17408, 32768, 100_003, 262_144])
 @pytest.mark.parametrize("topk", [512, 1024])
-def test_issued_by_selection(visible, topk):
-    assert floors.topk_select_issued(visible, topk, 8192) == selected(visible, topk, 8192)
+@pytest.mark.parametrize("chunk", [8192, 16384])
+def test_issued_by_selection(visible, topk, chunk):
+    assert floors.topk_select_issued(visible, topk, chunk) == selected(visible, topk, chunk)
 
 
-def test_selection_passes_its_target_only_where_the_document_says():
-    above = {(visible, topk) for visible in (2048, 8192, 9216, 16384, 32768, 262144) for topk in (512, 1024)
-             if floors.topk_select_issued(visible, topk, 8192) > 1.5 * floors.topk_select(1, visible, topk).bytes}
-    assert above == {(9216, 1024), (262144, 1024)}
+@pytest.mark.parametrize("topk", [512, 1024])
+def test_selection_stays_below_its_target(topk):
+    """1.5 times the floor for every row of up to 1 M tokens, of which every fourth is an entry."""
+    worst = max(floors.topk_select_issued(visible, topk, 16384) / floors.topk_select(1, visible, topk).bytes
+                for visible in range(topk, (1 << 18) + 1, 64))
+    assert worst < 1.5
 
 
 def test_issued_by_compression():

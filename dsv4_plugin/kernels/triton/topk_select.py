@@ -5,8 +5,8 @@ keeps in order. Rows longer than a chunk keep k candidates of each chunk, and th
 since both steps keep the lowest numbers among equals, so does the whole. Nothing depends on timing, nothing is atomic.
 How many candidates a row has follows from the entries it sees, so chunks past those end at once.
 
-Byte floor of a row: 4 for each entry it sees, 8·k written. Candidates add 16·k / 8192 of the row (k = 1024: two bytes
-an entry, half of the floor).
+Byte floor of a row: 4 for each entry it sees, 8·k written. A candidate adds 12 bytes, its number is read only where it is
+kept (k = 1024: 0.75 bytes an entry of full chunks, a fifth of the floor).
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_CHUNK = 8192
+_CHUNK = 16384
 _LEAST_BLOCK = 1024
-_LOWEST = tl.constexpr(-(1 << 31))
+_LOWEST = tl.constexpr(-(1 << 31))  # below the key of every value
+_ROW = tl.constexpr(32)
 
 
 @triton.jit
 def _ordered(x):
-    """int32 that order as fp32 `x` does; -0 is 0."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    """int32 that order as fp32 `x` does, all above _LOWEST; -0 is 0."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, _LOWEST - bits, bits)
 
 
 @triton.jit
@@ -39,16 +40,18 @@ def _candidates(visible, topk, LEVEL: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _border(key, length, topk):
-    """The largest threshold that at least `topk` of the keys reach, or one that exactly `topk` reach."""
+    """The largest threshold that at least `topk` of the keys reach, or one that exactly `topk` reach; and how many do."""
     low = tl.zeros((), tl.int32)  # as an unsigned number; flipping the top bit orders it with the keys
     count, shift = length, 30
     while (shift >= 0) & (count > topk):
         step = tl.full((), 1, tl.int32) << shift
+        # Three counts in one sum; each stays below 2^15.
         reach = (key >= ((low + step) ^ _LOWEST)).to(tl.int64)
-        reach += (key >= ((low + step + step) ^ _LOWEST)).to(tl.int64) << 20
-        reach += (key >= ((low + step + step + step) ^ _LOWEST)).to(tl.int64) << 40
+        reach += (key >= ((low + step + step) ^ _LOWEST)).to(tl.int64) << 16
+        reach += (key >= ((low + step + step + step) ^ _LOWEST)).to(tl.int64) << 32
         counts = tl.sum(reach, 0)
-        one, two, three = counts & 0xFFFFF, (counts >> 20) & 0xFFFFF, counts >> 40
+        both, three = counts.to(tl.int32), (counts >> 32).to(tl.int32)
+        one, two = both & 0xFFFF, both >> 16
         if three >= topk:
             low += step + step + step
             count = three
@@ -59,38 +62,50 @@ def _border(key, length, topk):
             low += step
             count = one
         shift -= 2
-    return low ^ _LOWEST
+    return tl.maximum(low ^ _LOWEST, _LOWEST + 1), count
 
 
 @triton.jit
-def topk_select_kernel(values, numbers, visible, out_values, out_numbers, stride, out_stride, topk, LEVEL: tl.constexpr,
+def _running(chosen):
+    """How many are chosen up to each, itself included. A wave counts a row by itself; one number a row crosses waves."""
+    rows = tl.reshape(chosen.to(tl.int32), (chosen.shape[0] // _ROW, _ROW))
+    total = tl.sum(rows, 1)
+    return tl.reshape(tl.cumsum(rows, 1) + (tl.cumsum(total, 0) - total)[:, None], chosen.shape)
+
+
+# An unknown alignment makes loads one value wide, as scattered stores are: nothing is exchanged between threads for those.
+@triton.jit(do_not_specialize=("stride",))
+def topk_select_kernel(values, numbers, visible, out_keys, out_numbers, stride, out_stride, topk, LEVEL: tl.constexpr,
                        FINAL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (T, chunks): keeps the `topk` largest of a chunk of BLOCK values, in order, or all when there are fewer."""
+    """Grid (T, chunks): keeps the `topk` largest of a chunk of BLOCK values, in order, or all when there are fewer.
+
+    `values` are fp32 at LEVEL 0 and the int32 keys of candidates after that.
+    """
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * BLOCK
-    length = tl.minimum(_candidates(tl.load(visible + row), topk, LEVEL, CHUNK) - begin, BLOCK)
+    length = tl.minimum(_candidates(tl.load(visible + row).to(tl.int32), topk, LEVEL, CHUNK) - begin, BLOCK)
     at = tl.arange(0, BLOCK)
-    if length > 0:
-        x = tl.load(values + row * stride + begin + at, mask=at < length, other=0.0)
-        key = tl.where(at < length, _ordered(x), _LOWEST)
-        border = _border(key, length, topk)
-        above, equal = (key > border) & (at < length), (key == border) & (at < length)
-        # Two running counts in one scan; both stay below 2^15.
-        running = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
-        wanted = (topk - tl.sum(above.to(tl.int32), 0)).to(tl.int32)
-        equals = running >> 16
-        kept = above | (equal & (equals <= wanted))
-        place = (running & 0xFFFF) + tl.minimum(equals, wanted) - 1
-        number = begin + at
-        if LEVEL > 0:
-            number = tl.load(numbers + row * stride + begin + at, mask=at < length, other=0)
-        out = row * out_stride + tl.program_id(1) * topk + place
-        tl.store(out_numbers + out, number.to(out_numbers.dtype.element_ty), mask=kept)
-        if not FINAL:
-            tl.store(out_values + out, x, mask=kept)
+    out = row * out_stride + tl.program_id(1) * topk
     if FINAL:
         nothing = tl.full((BLOCK,), -1, out_numbers.dtype.element_ty)
-        tl.store(out_numbers + row * out_stride + at, nothing, mask=(at >= length) & (at < topk))
+        tl.store(out_numbers + out + at, nothing, mask=(at >= length) & (at < topk))
+    if length > 0:
+        key = tl.load(values + row * stride + begin + at, mask=at < length, other=0)
+        if LEVEL == 0:
+            key = _ordered(key)
+        key = tl.where(at < length, key, _LOWEST)
+        border, count = _border(key, length, topk)
+        if count > topk:  # too many equals: the last of them go
+            wanted = topk - tl.sum((key > border).to(tl.int32), 0)
+            key = tl.where((key == border) & (_running(key == border) > wanted), _LOWEST, key)
+        kept = key >= border
+        place = _running(kept) - 1
+        number = begin + at
+        if LEVEL > 0:
+            number = tl.load(numbers + row * stride + begin + at, mask=kept, other=0)
+        if not FINAL:
+            tl.store(out_keys + out + place, key, mask=kept)
+        tl.store(out_numbers + out + place, number.to(out_numbers.dtype.element_ty), mask=kept)
 
 
 def topk_select(logits: Tensor, visible: Tensor, topk: int) -> Tensor:
@@ -103,14 +118,14 @@ def topk_select(logits: Tensor, visible: Tensor, topk: int) -> Tensor:
     values, numbers, level = logits, out, 0
     while entries > _CHUNK:
         chunks = triton.cdiv(entries, _CHUNK)
-        kept_values = torch.empty(tokens, chunks * topk, dtype=torch.float32, device=logits.device)
+        kept_keys = torch.empty(tokens, chunks * topk, dtype=torch.int32, device=logits.device)
         kept_numbers = torch.empty(tokens, chunks * topk, dtype=torch.int32, device=logits.device)
         topk_select_kernel[(tokens, chunks)](
-            values, numbers, visible, kept_values, kept_numbers, values.stride(0), kept_values.stride(0), topk,
+            values, numbers, visible, kept_keys, kept_numbers, values.stride(0), kept_keys.stride(0), topk,
             LEVEL=level, FINAL=False, CHUNK=_CHUNK, BLOCK=_CHUNK, num_warps=16)
-        values, numbers, level, entries = kept_values, kept_numbers, level + 1, chunks * topk
+        values, numbers, level, entries = kept_keys, kept_numbers, level + 1, chunks * topk
     block = max(triton.next_power_of_2(entries), _LEAST_BLOCK)
     topk_select_kernel[(tokens, 1)](
         values, numbers, visible, values, out, values.stride(0), out.stride(0), topk, LEVEL=level, FINAL=True,
-        CHUNK=_CHUNK, BLOCK=block, num_warps=max(4, block // 512))
+        CHUNK=_CHUNK, BLOCK=block, num_warps=min(max(4, block // 512), 16))
     return out

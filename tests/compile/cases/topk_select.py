@@ -13,4 +13,5 @@ def _launch(tokens: int, entries: int, topk: int):
 
 CASES = [Case(name, lambda a=size: _launch(*a))
          for name, size in (("pro/decode-64/8k", (64, 2048, 1024)), ("pro/decode-64/32k", (64, 8192, 1024)),
-                            ("pro/decode-64/1m", (64, 262144, 1024)), ("flash/prefill-8192", (8192, 2048, 512)))]
+                            ("pro/decode-64/64k", (64, 16384, 1024)), ("pro/decode-64/1m", (64, 262144, 1024)),
+                            ("flash/prefill-8192", (8192, 2048, 512)))]
