@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DSV4 = Path(sys.executable).with_name("dsv4")
-READY_SECONDS = 240
-"""Time given to a server to become ready: about 25 s on an idle machine, several times that on a busy one."""
+READY_SECONDS = 480
+"""Time given to a server to become ready: about 25 s on an idle machine, ten times that on a busy one of few cores."""
 
 
 def free_port() -> int:
