@@ -1,0 +1,44 @@
+"""The trained checkpoint recalls what it was told a thousand tokens before with every Triton kernel of the attention path."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from test_golden import KERNELS
+
+from dsv4_plugin.bench import gate
+from dsv4_plugin.bench.exam import Amount, make_exam
+from dsv4_plugin.config import Precision
+from dsv4_plugin.ops import operator
+
+FAR = Amount(((1024, 1, 8),), windows=1, window=128)
+TAIL = 4
+"""Tokens before the first thing, its cue among them, that kernels compute as well; as many at the end are decoded singly."""
+
+
+def test_things_are_recalled_by_kernels():
+    """References read the text, which interpreted kernels would take minutes for; kernels read the questions after it."""
+    directory = gate.checkpoint_directory()
+    engine = gate.load_engine(directory, Precision.SERVING, "cpu", max_tokens=4096)
+    [asked] = make_exam(directory, engine.model.geometry.bos_token_id, FAR).documents[1024]
+    begin = asked.things[0][0] - TAIL
+    rest = (asked.ids[begin:-TAIL], *([token] for token in asked.ids[-TAIL:]))
+
+    def answer(environment: dict[str, str]) -> torch.Tensor:
+        """Log-probabilities [rows, vocab] after the text."""
+        sequence = engine.open()
+        with gate.selected(gate.REFERENCES):
+            engine.forward([(sequence, asked.ids[:begin])])
+        with gate.selected(environment):
+            streams = torch.cat([engine.forward([(sequence, tokens)]) for tokens in rest])
+            ran = {row.operator: row.implementation for row in operator.report_rows()}
+        engine.close(sequence)
+        assert all(ran[name] == environment.get(f"DSV4_{name.upper()}", "reference") for name in KERNELS)
+        return engine.logits(streams).log_softmax(-1)
+
+    found = answer(gate.chosen({}, operators=[f"{name}=triton" for name in KERNELS]))
+    things, best = [at - 1 - begin for at, _ in asked.things], found.argmax(-1).tolist()
+    assert [tuple(best[row:row + len(thing)]) for row, (_, thing) in zip(things, asked.things)] == [thing for _, thing in asked.things]
+    moved = F.kl_div(found[things], answer(gate.REFERENCES)[things], log_target=True, reduction="batchmean")
+    print(f"nats from the references: {moved:.2g}")
+    assert moved < gate.MARGINS["divergence of things"].limit
