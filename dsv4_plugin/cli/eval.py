@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gate.add_argument("--precision", type=_precisions, metavar="P,P,...",
                       help="of exact, official and serving (default: DSV4_PRECISION; all; serving alone when implementations are chosen)")
     gate.add_argument("--profile", metavar="P", help="choose implementations as DSV4_PROFILE=P does")
-    gate.add_argument("--operators", type=lambda text: text.split(","), default=(), metavar="OP=IMPL,...",
-                      help="choose implementations as DSV4_<OP>=IMPL does, such as sparse_mla=triton")
+    gate.add_argument("--operators", type=lambda text: text.split(","), action="extend", default=[], metavar="OP=IMPL,...",
+                      help="choose implementations as DSV4_<OP>=IMPL does, such as sparse_mla=triton; may be given again")
     gate.add_argument("--quick", action="store_true", help="some hundred tokens, for interpreted kernels; the intervals are wide")
     gate.add_argument("--json", nargs="?", type=Path, const=Path("-"), metavar="FILE", help="print JSON, or write it to FILE beside the table")
 

@@ -263,6 +263,7 @@ class TestCommand:
         (["--tiny", ".", "--profile", "saef"], "DSV4_PROFILE='saef' is not a value"),
         (["--tiny", ".", "--operators", "sparse_mlaa=triton"], "did you mean sparse_mla?"),
         (["--tiny", ".", "--operators", "sparse_mla"], "write OPERATOR=IMPLEMENTATION"),
+        (["--tiny", ".", "--operators", "sparse_mla=cuda", "--operators", "route=reference"], "DSV4_SPARSE_MLA='cuda' is not a value"),
         (["--tiny", ".", "--operators", "sparse_mla=cuda"], "DSV4_SPARSE_MLA='cuda' is not a value"),
         (["--tiny", "."], "config.json does not exist"),
     ])
