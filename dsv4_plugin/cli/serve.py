@@ -14,6 +14,10 @@ CPU_POOL_TOKENS = 16384
 """Default pool on a CPU. The host would size it by free memory, and zeroing that takes half a minute; a tenth of it
 holds the sliding windows, and below 1024 slots there the host admits nothing."""
 
+CPU_SPIN_COUNT = 1000
+"""Rounds that a thread spins for the others before it sleeps. libgomp's 300,000 outlast a time slice, so that one busy process
+beside the server makes it ten times slower (docs/performance.md)."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="directory of the checkpoint, or its name on the Hugging Face hub")
@@ -58,6 +62,8 @@ def choices(arguments: argparse.Namespace) -> tuple[dict[str, str], list[str]]:
     if not arguments.cpu:
         return environment, []
     environment["DSV4_DEVICE"] = "cpu"
+    if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+        environment["GOMP_SPINCOUNT"] = str(CPU_SPIN_COUNT)
     if arguments.tp > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = _cores_by_rank(arguments.tp)
     added = ["--device", "cpu", "--sleep-on-idle"]

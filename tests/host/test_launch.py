@@ -73,17 +73,19 @@ def chosen(*words: str):
 
 
 def test_choices_of_dsv4_serve(monkeypatch):
-    for name in ("DSV4_STRICT", "SGLANG_CPU_OMP_THREADS_BIND"):
+    for name in ("DSV4_STRICT", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "SGLANG_CPU_OMP_THREADS_BIND"):
         monkeypatch.delenv(name, raising=False)
     assert chosen() == ({"DSV4_STRICT": "1"}, [])
     environment, added = chosen("--cpu")
     assert environment["DSV4_DEVICE"] == "cpu" and added[:2] == ["--device", "cpu"]
+    assert environment["GOMP_SPINCOUNT"] == str(serve.CPU_SPIN_COUNT)
     assert added[added.index("--max-total-tokens") + 1] == str(serve.CPU_POOL_TOKENS)
     assert "SGLANG_CPU_OMP_THREADS_BIND" not in environment
 
 
 def test_choices_give_way_to_the_user(monkeypatch):
     monkeypatch.setenv("DSV4_STRICT", "0")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
     environment, added = chosen("--cpu", "--tp", "2", "--max-total-tokens=4096")
     assert environment == {"DSV4_DEVICE": "cpu"} and "--max-total-tokens" not in added
