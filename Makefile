@@ -18,8 +18,8 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[host,dev]'
 	@touch $@
 
-# A process that interprets Triton kernels cannot compile them, and the reverse: two runs. Whole files go to a process, whose
-# tests share a server or a model.
+# A process that interprets Triton kernels cannot compile them, and the reverse: two runs. Each shares its files between two
+# processes, whole, because the tests of a file share a server or a model.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: install

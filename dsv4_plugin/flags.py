@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 PREFIX = "DSV4_"
 LAYERS = "DSV4_LAYERS_"
 ADOPTED = "DSV4_ADOPTED"
+LIBRARY_PREFIXES = ("AITER_", "FLYDSL_", "TRITON_", "TILELANG_", "HIP_", "HSA_", "GPU_", "ROCM_", "NCCL_", "RCCL_", "MIOPEN_",
+                    "CUDA_", "OMP_", "GOMP_", "MKL_")
+"""Of the variables that compilers and libraries beside this package read."""
 
 
 class FlagError(ValueError):

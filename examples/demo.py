@@ -25,7 +25,9 @@ from pathlib import Path
 import psutil
 from openai import OpenAI
 
-CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "tiny"
+from dsv4_plugin.bench.gate import checkpoint_directory
+from dsv4_plugin.bench.recall import fact, held_out, question
+
 FACTS = (("Alma", "chess"), ("Gwen", "comets"), ("Otto", "robots"), ("Tess", "tango"))
 
 
@@ -36,7 +38,7 @@ def story(text: str, characters: int) -> str:
     parts = []
     for index, (name, thing) in enumerate(FACTS):
         first, *rest = sentences[index * quarter:(index + 1) * quarter]
-        parts += [first, f"{name} likes {thing}.", *rest]
+        parts += [first, fact(name, thing).lstrip(), *rest]
     return " ".join(parts)
 
 
@@ -126,27 +128,26 @@ def ask(client: OpenAI, messages: list[dict[str, str]], tokens: int) -> Answer:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="checkpoint directory (default: checkpoints/tiny)")
+    parser.add_argument("--model", type=Path, default=checkpoint_directory(), help="checkpoint directory (default: checkpoints/tiny)")
     parser.add_argument("--characters", type=int, default=11_000, help="of text around the facts (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write start-up time, rates, memory and answers there")
     arguments = parser.parse_args()
-    text = story((arguments.model / "held_out.txt").read_text(), arguments.characters)
+    text = story(held_out(arguments.model), arguments.characters)
     messages, answers, missed = [], [], []
     with tempfile.TemporaryDirectory(prefix="dsv4-demo-") as scratch, \
             serving(arguments.model, Path(scratch) / "server.log") as (url, server, seconds):
         print(f"   ready {seconds:.1f} s after the command")
         client = OpenAI(base_url=f"{url}/v1", api_key="none")
         for name, thing in FACTS:
-            question = f"What does {name} like?"
-            print(f"== {question}" + ("" if messages else f" (after {len(text)} characters of text; its facts are {len(FACTS)} sentences in them)"))
-            messages.append({"role": "user", "content": question if messages else f"{text}\n{question}"})
+            print(f"== {question(name)}" + ("" if messages else f" (after {len(text)} characters of text; its facts are {len(FACTS)} sentences in them)"))
+            messages.append({"role": "user", "content": question(name) if messages else f"{text}\n{question(name)}"})
             answer = ask(client, messages, tokens=24)
             messages.append({"role": "assistant", "content": answer.text})
             print(f"   first token after {answer.first_seconds:.1f} s, then {answer.tokens_per_second:.1f} tokens/s; "
                   f"{answer.prompt_tokens} prompt tokens, {answer.cached_tokens} from the prefix cache")
             answers.append(answer)
-            if f"{name} likes {thing}." not in answer.text:
-                missed.append(f"{name} likes {thing}")
+            if fact(name, thing) not in answer.text:
+                missed.append(fact(name, thing).strip(" ."))
         resident = resident_bytes(server.pid)
     if arguments.json:
         arguments.json.write_text(json.dumps({

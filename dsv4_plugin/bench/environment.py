@@ -15,8 +15,7 @@ from .. import flags
 from ..device import package_version
 
 _PACKAGES = ("dsv4_plugin", "sglang", "torch", "triton", "aiter", "flydsl", "tilelang", "transformers", "numpy")
-_PREFIXES = (flags.PREFIX, "SGLANG_", "AITER_", "FLYDSL_", "TRITON_", "TILELANG_", "HIP_", "HSA_", "GPU_", "ROCM_", "ROCR_", "NCCL_",
-             "RCCL_", "MIOPEN_", "CUDA_", "OMP_", "GOMP_", "MKL_", "TORCH", "PYTORCH_")
+_PREFIXES = (flags.PREFIX, "SGLANG_", *flags.LIBRARY_PREFIXES, "ROCR_", "TORCH", "PYTORCH_")
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 

@@ -107,8 +107,10 @@ def _conclude(results: list, names: list[str], seed: int, as_json: bool) -> int:
 
 
 def _complaint(result) -> str:
+    from .. import flags
+
     off = result.note if result.error == float("inf") and result.note else f"error {result.error:.2e}"
     if result.subject == "model":
         return f"the model is wrong: {result.case}, {off}"
     return (f"{result.subject} is wrong in {result.implementation} ({result.case}): {off}; until that is mended set "
-            f"DSV4_{result.subject.upper()}=reference")
+            f"{flags.operator_flag(result.subject)}=reference")

@@ -22,8 +22,7 @@ from typing import NamedTuple
 from .. import flags
 from . import launch
 
-FOREIGN_PREFIXES = ("AITER_", "FLYDSL_", "TRITON_", "TILELANG_", "HIP_", "HSA_", "GPU_", "ROCM_", "NCCL_", "RCCL_", "MIOPEN_",
-                    "CUDA_", "OMP_", "GOMP_", "MKL_", "HF_", "TORCH_", "PYTORCH_", "PYTHON", "LD_")
+FOREIGN_PREFIXES = (*flags.LIBRARY_PREFIXES, "HF_", "TORCH_", "PYTORCH_", "PYTHON", "LD_")
 """Prefixes of other programs' variables, whose names this project cannot check."""
 
 

@@ -29,10 +29,10 @@ def sparse_mla(q: Tensor, window_cache: SlotStore, window: Tensor, compressed_ca
     """Attention output [T, h, 512] in the dtype of `q` [T, h, 512], rotated back; a latent is both key and value.
 
     `window` int64 [T, 128] and `compressed` int64 [T, K] are slots of their caches, -1 where there is none; in a row of
-    `compressed` no slot follows a -1. `sink`
-    fp32 [h] adds e^sink to each head's softmax denominator. Logits, softmax and sums are fp32. `cos` and `sin` fp32 [T, 32]
-    are the rotation of each row's position, by whose inverse the last 64 channels are multiplied: values carry their own.
-    The output is rounded before and after; an implementation may round once, after.
+    `compressed` no slot follows a -1. `sink` fp32 [h] adds e^sink to each head's softmax denominator. Logits, softmax and
+    sums are fp32. `cos` and `sin` fp32 [T, 32] are the rotation of each row's position, by whose inverse the last 64
+    channels are multiplied: values carry their own. The output is rounded before and after; an implementation may round
+    once, after.
     """
     latents, rows = _load_once(window_cache, window)
     slots = window

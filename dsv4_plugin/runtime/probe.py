@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .. import flags
 from ..config import Geometry
 from ..model import DeepseekV4
 from ..ops import operator as selection
@@ -89,7 +90,7 @@ def _checked(operator: Operator, choice: Choice, args: tuple, kwargs: dict, foun
             raise ProbeError(
                 f"{operator.name} is wrong {where} during {HERE.phase}: {choice.implementation} differs from the reference "
                 f"by {error:.2e} in its {what}, allowed are {allowed.limit:.0e} ({allowed.why}). Start with "
-                f"DSV4_{operator.name.upper()}=reference to serve without it, and run `dsv4 verify --op {operator.name}`")
+                f"{flags.operator_flag(operator.name)}=reference to serve without it, and run `dsv4 verify --op {operator.name}`")
         found.worst = max(found.worst, error / allowed.limit if allowed.limit else 0.0)
     found.compared[operator.name] = choice.implementation
     found.calls += 1

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
+from dsv4_plugin.bench.gate import REFERENCES, chosen, selected
 from dsv4_plugin.checkpoint.load import load_checkpoint
 from dsv4_plugin.config import Precision
 from dsv4_plugin.model import DeepseekV4, attention
@@ -13,21 +13,9 @@ from dsv4_plugin.runtime import Engine
 
 KERNELS = ("build_step_plan", "qk_norm_rope_store", "compress", "rope_hadamard_quant", "indexer_logits", "topk_select",
            "sparse_mla")
+TRITON = chosen({}, operators=[f"{name}=triton" for name in KERNELS])
 CHUNKS = [51, 69, 3] + [1] * 6
 """Prefill, prefill after a prefix that cuts windows of both ratios, and decode, over the 129 tokens of sequence 2."""
-
-
-def choose(monkeypatch: pytest.MonkeyPatch, implementation: str) -> None:
-    for name in KERNELS:
-        monkeypatch.setenv(f"DSV4_{name.upper()}", implementation)
-    operator.configure()
-
-
-@pytest.fixture(autouse=True)
-def configured():
-    """The flags as they are outside, for the tests that follow."""
-    yield
-    operator.configure()
 
 
 def rounded_once(q: torch.Tensor, *rest) -> torch.Tensor:
@@ -46,18 +34,17 @@ def difference(logits: torch.Tensor, other: torch.Tensor, tokens: list[int]) -> 
     return (first - second).abs()
 
 
-def test_all_kernels_serve_the_golden_sequence(golden_dir, golden_geometry, golden):
+def test_all_kernels_serve_the_golden_sequence(golden_dir, golden_geometry, golden, monkeypatch):
     model = DeepseekV4(golden_geometry, Precision.SERVING, parts="backbone")
     load_checkpoint(model, golden_dir)
     tokens = golden["input_ids_2"].tolist()
-    with pytest.MonkeyPatch.context() as forced:
-        choose(forced, "triton")
+    with selected(TRITON):
         logits = score(model, tokens)
         ran = {name: {choice.implementation for choice in operator.OPERATORS[name].choices.values() if choice.calls}
                for name in KERNELS}
         assert ran == {name: {"triton"} for name in KERNELS}
-        choose(forced, "reference")
-        forced.setattr(attention, "sparse_mla", rounded_once)
+    with selected(REFERENCES):
+        monkeypatch.setattr(attention, "sparse_mla", rounded_once)
         reference = score(model, tokens)
 
     # Figures of tests/data/golden/README.md. Kernels and this reference round in the same places and differ in the order

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from test_golden import KERNELS
+from test_golden import KERNELS, TRITON
 
+from dsv4_plugin import flags
 from dsv4_plugin.bench import gate
 from dsv4_plugin.bench.exam import Amount, make_exam
 from dsv4_plugin.config import Precision
@@ -33,10 +34,10 @@ def test_things_are_recalled_by_kernels():
             streams = torch.cat([engine.forward([(sequence, tokens)]) for tokens in rest])
             ran = {row.operator: row.implementation for row in operator.report_rows()}
         engine.close(sequence)
-        assert all(ran[name] == environment.get(f"DSV4_{name.upper()}", "reference") for name in KERNELS)
+        assert all(ran[name] == flags.implementation(name, environment).value for name in KERNELS)
         return engine.logits(streams).log_softmax(-1)
 
-    found = answer(gate.chosen({}, operators=[f"{name}=triton" for name in KERNELS]))
+    found = answer(TRITON)
     things, best = [at - 1 - begin for at, _ in asked.things], found.argmax(-1).tolist()
     assert [tuple(best[row:row + len(thing)]) for row, (_, thing) in zip(things, asked.things)] == [thing for _, thing in asked.things]
     moved = F.kl_div(found[things], answer(gate.REFERENCES)[things], log_target=True, reduction="batchmean")
