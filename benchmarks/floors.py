@@ -1,16 +1,24 @@
-"""What each operator of the attention path must move and multiply, and what our kernels issue by construction.
+"""What each operator of the attention path must move and multiply, and what our kernels issue by
+construction.
 
-A floor counts each input byte once and each output byte once, whatever shares it, and the multiply-adds of matrix products
-as two operations each. Index lists of a few bytes a slot are not in a floor, parameters are where they are more than a
-thousandth. Issued bytes are all that the kernels load and store, those that caches answer included. Latency, launches and
-everything that is not a byte or a product is left out: a floor is what no implementation of the operator can go below.
+A floor counts each input byte once and each output byte once, whatever shares it, and the
+multiply-adds of matrix products as two operations each. Index lists of a few bytes a slot are not
+in a floor, parameters are where they are more than a thousandth. Issued bytes are all that the
+kernels load and store, those that caches answer included. Latency, launches and everything that is
+not a byte or a product is left out: a floor is what no implementation of the operator can go below.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv4_plugin.cache.layout import INDEX_DIM, LATENT_DATA_BYTES, LATENT_DIM, LATENT_SCALE_BYTES, ROPE_DIM
+from dsv4_plugin.cache.layout import (
+    INDEX_DIM,
+    LATENT_DATA_BYTES,
+    LATENT_DIM,
+    LATENT_SCALE_BYTES,
+    ROPE_DIM,
+)
 
 LATENT_BYTES = LATENT_DATA_BYTES + LATENT_SCALE_BYTES
 """Of a latent slot as it is read: 584."""
@@ -37,26 +45,34 @@ class Floor:
         return max(self.bytes / copy, self.operations / peak)
 
     def bound(self, copy: float, peak: float) -> str:
-        """"memory" or "products": which of the two takes longer."""
+        """ "memory" or "products": which of the two takes longer."""
         return "memory" if self.bytes / copy >= self.operations / peak else "products"
 
 
 def sparse_mla(tokens: int, heads: int, slots: int, distinct: int) -> Floor:
-    """`slots` over all tokens, of which `distinct` are different: those are read once, all are multiplied.
+    """`slots` over all tokens, of which `distinct` are different: those are read once, all are
+    multiplied.
 
-    Query and output are 1024 bytes a head each, cos and sin are read to rotate the output back; a slot takes part in two
-    products of 512 for every head.
+    Query and output are 1024 bytes a head each, cos and sin are read to rotate the output back; a
+    slot takes part in two products of 512 for every head.
     """
-    return Floor(distinct * LATENT_BYTES + tokens * (heads * 2 * LATENT_DIM * _BF16 + _ROTATION), slots * heads * 2 * 2 * LATENT_DIM)
+    return Floor(
+        distinct * LATENT_BYTES + tokens * (heads * 2 * LATENT_DIM * _BF16 + _ROTATION),
+        slots * heads * 2 * 2 * LATENT_DIM,
+    )
 
 
 def indexer_logits(tokens: int, heads: int, logits: int, entries: int) -> Floor:
-    """`logits` that rows see, over `entries` visible in the cache: a prefill's rows share the entries of their request.
+    """`logits` that rows see, over `entries` visible in the cache: a prefill's rows share the
+    entries of their request.
 
     A row has 128 bytes of query and 4 of weight for each head; a logit is 128 multiply-adds a head.
     """
-    return Floor(entries * INDEX_BYTES + logits * _FP32 + tokens * heads * (INDEX_DIM + _FP32), logits * heads * 2 * INDEX_DIM,
-                 "fp8")
+    return Floor(
+        entries * INDEX_BYTES + logits * _FP32 + tokens * heads * (INDEX_DIM + _FP32),
+        logits * heads * 2 * INDEX_DIM,
+        "fp8",
+    )
 
 
 def topk_select(tokens: int, visible: int, topk: int) -> Floor:
@@ -67,18 +83,23 @@ def topk_select(tokens: int, visible: int, topk: int) -> Floor:
 def compress(windows: int, kept: int, ratio: int, dim: int) -> Floor:
     """`windows` completed and `kept` rows copied to the ring.
 
-    An item of a window is a value and a score for each channel, fp32; ratio 4 pools 8 items, ratio 128 as many as that. The
-    position's share of the scores (`ape`) is read once a call. A kept row of all its columns is read and written.
+    An item of a window is a value and a score for each channel, fp32; ratio 4 pools 8 items, ratio
+    128 as many as that. The position's share of the scores (`ape`) is read once a call. A kept row
+    of all its columns is read and written.
     """
     items, columns = window_items(ratio), 2 * window_items(ratio) // ratio * dim
     entry = INDEX_BYTES if dim == INDEX_DIM else LATENT_WRITTEN
     ape = ratio * columns // 2 * _FP32 if windows else 0
-    return Floor(windows * (items * 2 * dim * _FP32 + entry + _ROTATION) + ape + kept * 2 * columns * _FP32)
+    return Floor(
+        windows * (items * 2 * dim * _FP32 + entry + _ROTATION) + ape + kept * 2 * columns * _FP32
+    )
 
 
 def qk_norm_rope_store(tokens: int, heads: int) -> Floor:
     """Queries read and written in bf16, a latent read in bf16 and its slot written, cos and sin."""
-    return Floor(tokens * (heads * 2 * LATENT_DIM * _BF16 + LATENT_DIM * _BF16 + LATENT_WRITTEN + _ROTATION))
+    return Floor(
+        tokens * (heads * 2 * LATENT_DIM * _BF16 + LATENT_DIM * _BF16 + LATENT_WRITTEN + _ROTATION)
+    )
 
 
 def rope_hadamard_quant(tokens: int, heads: int) -> Floor:
@@ -89,9 +110,9 @@ def rope_hadamard_quant(tokens: int, heads: int) -> Floor:
 def build_step_plan(tokens: int, pages: int, windows: dict[int, int]) -> Floor:
     """`pages` of all requests' page tables, static `windows` by ratio.
 
-    A row reads 128 slots (4 bytes) and their window slots (8) and writes 128 (8); its position, request and slot are read, its
-    query, window slot and two ring rows written. A page is a slot read and a number written. A window writes three numbers
-    and two for each of its items.
+    A row reads 128 slots (4 bytes) and their window slots (8) and writes 128 (8); its position,
+    request and slot are read, its query, window slot and two ring rows written. A page is a slot
+    read and a number written. A window writes three numbers and two for each of its items.
     """
     rows = tokens * (128 * (4 + 8 + 8) + 7 * _INT64)
     numbers = sum(count * (3 + 2 * window_items(ratio)) for ratio, count in windows.items())
@@ -104,19 +125,25 @@ def window_items(ratio: int) -> int:
 
 
 def sparse_mla_issued(tokens: int, heads: int, slots: int, head_block: int, splits: int) -> int:
-    """Bytes of `slots` a token for every block of `head_block` heads, its list of slots, and split parts written and read.
+    """Bytes of `slots` a token for every block of `head_block` heads, its list of slots, and split
+    parts written and read.
 
     cos and sin are read for every block, or for every head where parts are combined.
     """
     blocks = -(-heads // head_block)
     rotations = heads if splits > 1 else blocks
     parts = 2 * splits * heads * (LATENT_DIM + 1) * _FP32 if splits > 1 else 0
-    return tokens * (blocks * slots * (LATENT_BYTES + _INT64) + heads * 2 * LATENT_DIM * _BF16 + parts + rotations * _ROTATION)
+    return tokens * (
+        blocks * slots * (LATENT_BYTES + _INT64)
+        + heads * 2 * LATENT_DIM * _BF16
+        + parts
+        + rotations * _ROTATION
+    )
 
 
 def topk_select_issued(visible: int, topk: int, chunk: int) -> int:
-    """Bytes of one row: every selection but the last keeps `topk` values and numbers of each `chunk`; the next reads the values,
-    and the numbers of what it keeps."""
+    """Bytes of one row: every selection but the last keeps `topk` values and numbers of each
+    `chunk`; the next reads the values, and the numbers of what it keeps."""
     issued, length, number = 0, visible, 0
     while length > chunk:
         before = (length - 1) // chunk
@@ -129,10 +156,15 @@ def topk_select_issued(visible: int, topk: int, chunk: int) -> int:
 def compress_issued(windows: int, kept: int, tokens: int, ratio: int, dim: int, stripe: int) -> int:
     """Bytes of a call whose windows are pooled by dim / `stripe` programs each.
 
-    Each program reads the position and the two row numbers of every item; `ape` is read for every item of every window; a
-    window that several programs pool is handed over through memory. Every row's ring row is looked at.
+    Each program reads the position and the two row numbers of every item; `ape` is read for every
+    item of every window; a window that several programs pool is handed over through memory. Every
+    row's ring row is looked at.
     """
-    items, columns, programs = window_items(ratio), 2 * window_items(ratio) // ratio * dim, dim // stripe
+    items, columns, programs = (
+        window_items(ratio),
+        2 * window_items(ratio) // ratio * dim,
+        dim // stripe,
+    )
     entry = INDEX_BYTES if dim == INDEX_DIM else LATENT_WRITTEN
     pooled = programs * (_INT64 + items * 2 * _INT64) + items * 3 * dim * _FP32
     handed = 2 * dim * _FP32 + _INT64 if programs > 1 else 0

@@ -1,4 +1,5 @@
-"""A call's result against the plain torch reference, on some of its rows, before anybody times it."""
+"""A call's result against the plain torch reference, on some of its rows, before anybody times
+it."""
 
 from __future__ import annotations
 
@@ -34,7 +35,12 @@ class Check:
 
 def sample(rows: int, device: torch.device) -> Tensor:
     """int64: the first and the last of `rows`, and some between."""
-    return torch.linspace(0, rows - 1, min(rows, SAMPLE), device=device, dtype=torch.float64).round().long().unique()
+    return (
+        torch.linspace(0, rows - 1, min(rows, SAMPLE), device=device, dtype=torch.float64)
+        .round()
+        .long()
+        .unique()
+    )
 
 
 def check(call: Call, run: Callable[..., Any]) -> tuple[Check, Any]:
@@ -45,7 +51,8 @@ def check(call: Call, run: Callable[..., Any]) -> tuple[Check, Any]:
     named = compare.bound(call.operator, arguments, {})
     states = compare.mutable(call.operator, compare.bound(call.operator, call.arguments, {}))
     before = [state.clone() for state in states]
-    _poison(run(*call.arguments), call)  # the next result lies in the same memory, which must not hold this one
+    # the next result lies in the same memory, which must not hold this one
+    _poison(run(*call.arguments), call)
     _restore(states, before)
     for memory in call.poison:
         memory.fill_(0xFF)
@@ -56,7 +63,16 @@ def check(call: Call, run: Callable[..., Any]) -> tuple[Check, Any]:
     want = compare.outcome(call.operator, wanted, named)
     errors = {name: compare.error(got[name], want[name]) for name in want}
     wrong = ", ".join(name for name, error in errors.items() if error > allowed.limit)
-    return Check(max(errors.values(), default=0.0), allowed.limit, allowed.why, len(rows) if call.part else call.rows, wrong), wanted
+    return (
+        Check(
+            max(errors.values(), default=0.0),
+            allowed.limit,
+            allowed.why,
+            len(rows) if call.part else call.rows,
+            wrong,
+        ),
+        wanted,
+    )
 
 
 def check_peer(call: Call, peer: Peer, wanted: Any) -> Check:

@@ -22,11 +22,19 @@ def environment(device: torch.device) -> dict[str, Any]:
     found = {"device": "cpu", "arch": facts.arch(), "compute_units": None, "memory_gb": None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {"device": properties.name, "compute_units": properties.multi_processor_count,
-                  "memory_gb": round(properties.total_memory / 1e9, 1)}
-    return found | {"driver": _driver(device), "torch": torch.__version__, "triton": facts.package_version("triton"),
-                    "dsv4_plugin": _version(), "commit": _commit(),
-                    "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+        found |= {
+            "device": properties.name,
+            "compute_units": properties.multi_processor_count,
+            "memory_gb": round(properties.total_memory / 1e9, 1),
+        }
+    return found | {
+        "driver": _driver(device),
+        "torch": torch.__version__,
+        "triton": facts.package_version("triton"),
+        "dsv4_plugin": _version(),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def _driver(device: torch.device) -> str:
@@ -39,7 +47,11 @@ def _driver(device: torch.device) -> str:
             driver = "of the kernel"
         return f"ROCm {torch.version.hip}, amdgpu {driver}"
     try:
-        asked = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+        )
         driver = asked.stdout.split("\n")[0].strip() or "unknown"
     except OSError:
         driver = "unknown"

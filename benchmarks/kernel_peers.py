@@ -1,7 +1,8 @@
-"""Kernels of others for the same operators, where they are installed: never needed, always named when missing.
+"""Kernels of others for the same operators, where they are installed: never needed, always named
+when missing.
 
-A peer is given the tensors of the same call. Where its format or its task is not the same, its note says what a ratio to it
-compares.
+A peer is given the tensors of the same call. Where its format or its task is not the same, its note
+says what a ratio to it compares.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from dsv4_plugin.cache.layout import INDEX_PAGE_ENTRIES
 from dsv4_plugin.cache.stores import PackedLatentCache
 from dsv4_plugin.ops.rope import apply_rope
 
-_MOST_GATHERED = 1 << 34  # bytes of bf16 latents laid out for a peer that cannot read the paged cache
+# bytes of bf16 latents laid out for a peer that cannot read the paged cache
+_MOST_GATHERED = 1 << 34
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,11 @@ def peers(call: Call, decode: bool) -> Iterator[Peer | Absent]:
             yield make(call, decode)
         except _Unable as reason:
             yield Absent(name, str(reason))
-        except Exception as failure:  # whatever a foreign package does when it is loaded or called in vain
-            yield Absent(name, f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}")
+        # whatever a foreign package does when it is loaded or called in vain
+        except Exception as failure:
+            yield Absent(
+                name, f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
+            )
 
 
 class _Unable(Exception):
@@ -85,7 +90,7 @@ def _wide(lists: Tensor, multiple: int) -> Tensor:
 def _as_flash_mla(cache: PackedLatentCache) -> Tensor:
     """Pages [n, slots, 1, 584] of the same memory, in the format that FlashMLA calls V4."""
     slots = cache.slots_per_page
-    return cache.pages[:, :slots * LATENT_BYTES].view(-1, slots, 1, LATENT_BYTES)
+    return cache.pages[:, : slots * LATENT_BYTES].view(-1, slots, 1, LATENT_BYTES)
 
 
 def _flash_mla(call: Call, decode: bool) -> Peer:
@@ -104,11 +109,27 @@ def _flash_mla(call: Call, decode: bool) -> Peer:
     if decode:
         meta, _ = flash_mla.get_mla_metadata()
         arguments = dict(
-            q=q.unsqueeze(1), k_cache=_as_flash_mla(window_cache), block_table=None, cache_seqlens=None, head_dim_v=512,
-            tile_scheduler_metadata=meta, softmax_scale=scale, is_fp8_kvcache=True, indices=_wide(window, 64), attn_sink=sink,
-            extra_k_cache=_as_flash_mla(cache), extra_indices_in_kvcache=_wide(slots, 64), use_legacy=True)
-        return Peer("flash_mla", lambda: flash_mla.flash_mla_with_kvcache(**arguments)[0][:, 0], rows_of, lambda want, rows: want,
-                    f"the same pages and slots, its schedule reused{apart}")
+            q=q.unsqueeze(1),
+            k_cache=_as_flash_mla(window_cache),
+            block_table=None,
+            cache_seqlens=None,
+            head_dim_v=512,
+            tile_scheduler_metadata=meta,
+            softmax_scale=scale,
+            is_fp8_kvcache=True,
+            indices=_wide(window, 64),
+            attn_sink=sink,
+            extra_k_cache=_as_flash_mla(cache),
+            extra_indices_in_kvcache=_wide(slots, 64),
+            use_legacy=True,
+        )
+        return Peer(
+            "flash_mla",
+            lambda: flash_mla.flash_mla_with_kvcache(**arguments)[0][:, 0],
+            rows_of,
+            lambda want, rows: want,
+            f"the same pages and slots, its schedule reused{apart}",
+        )
     latents, lists = [], []
     for each, store in ((window, window_cache), (slots, cache)):
         distinct, place = each.unique(return_inverse=True)
@@ -117,11 +138,18 @@ def _flash_mla(call: Call, decode: bool) -> Peer:
     kv = torch.cat(latents).unsqueeze(1)
     if kv.numel() * 2 > _MOST_GATHERED:
         raise _Unable("its bf16 latents would not fit")
-    # In a row what is absent comes first in the window and last among entries: both are -1, which it skips.
+    # In a row what is absent comes first in the window and last among entries: both are -1, which
+    # it skips.
     indices = _wide(torch.cat(lists, 1), 128)
-    return Peer("flash_mla", lambda: flash_mla.flash_mla_sparse_fwd(q, kv, indices, scale, 512, sink, use_legacy=True)[0],
-                rows_of, lambda want, rows: want,
-                f"latents already dequantised to bf16, 1024 B each; making them is not in its time{apart}")
+    return Peer(
+        "flash_mla",
+        lambda: flash_mla.flash_mla_sparse_fwd(q, kv, indices, scale, 512, sink, use_legacy=True)[
+            0
+        ],
+        rows_of,
+        lambda want, rows: want,
+        f"latents already dequantised to bf16, 1024 B each; making them is not in its time{apart}",
+    )
 
 
 def _deep_gemm(call: Call, decode: bool) -> Peer:
@@ -133,11 +161,22 @@ def _deep_gemm(call: Call, decode: bool) -> Peer:
     keys = cache.pages.view(-1, INDEX_PAGE_ENTRIES, 1, INDEX_BYTES)
     units = torch.cuda.get_device_properties(q.device).multi_processor_count
     schedule = deep_gemm.get_paged_mqa_logits_metadata(context, INDEX_PAGE_ENTRIES, units)
-    run = lambda: deep_gemm.fp8_paged_mqa_logits(q.unsqueeze(1), keys, weights, context, table, schedule, entries, False)  # noqa: E731
-    hidden = lambda rows: torch.arange(entries, device=q.device) >= plan.visible(4)[rows].unsqueeze(-1)  # noqa: E731
-    return Peer("deep_gemm", run, lambda out, rows: out[rows, :entries].masked_fill(hidden(rows), float("-inf")),
-                lambda want, rows: want, "the same pages, its schedule reused" + ("" if decode else
-                "; every row a request of its own, as the host calls it"))
+    # noqa: E731
+    run = lambda: deep_gemm.fp8_paged_mqa_logits(
+        q.unsqueeze(1), keys, weights, context, table, schedule, entries, False
+    )
+    # noqa: E731
+    hidden = lambda rows: (
+        torch.arange(entries, device=q.device) >= plan.visible(4)[rows].unsqueeze(-1)
+    )
+    return Peer(
+        "deep_gemm",
+        run,
+        lambda out, rows: out[rows, :entries].masked_fill(hidden(rows), float("-inf")),
+        lambda want, rows: want,
+        "the same pages, its schedule reused"
+        + ("" if decode else "; every row a request of its own, as the host calls it"),
+    )
 
 
 def _torch_topk(call: Call, decode: bool) -> Peer:
@@ -148,12 +187,17 @@ def _torch_topk(call: Call, decode: bool) -> Peer:
         found = logits[rows].gather(1, numbers.clamp_min(0)).masked_fill(numbers < 0, float("-inf"))
         return found.sort(-1).values
 
-    return Peer("torch.topk", lambda: torch.topk(logits, topk, sorted=False).indices,
-                lambda numbers, rows: values(numbers[rows], rows), values,
-                "selects over all columns, hidden ones set to -inf before; in no order, ties as they come")
+    return Peer(
+        "torch.topk",
+        lambda: torch.topk(logits, topk, sorted=False).indices,
+        lambda numbers, rows: values(numbers[rows], rows),
+        values,
+        "selects over all columns, hidden ones set to -inf before; in no order, ties as they come",
+    )
 
 
 _PEERS: dict[str, dict[str, Callable[[Call, bool], Peer]]] = {
-    "sparse_mla": {"flash_mla": _flash_mla}, "indexer_logits": {"deep_gemm": _deep_gemm},
+    "sparse_mla": {"flash_mla": _flash_mla},
+    "indexer_logits": {"deep_gemm": _deep_gemm},
     "topk_select": {"torch.topk": _torch_topk},
 }

@@ -1,8 +1,9 @@
-"""Device times of a call, with caches cold and warm, and the rates of this device that a time is held against.
+"""Device times of a call, with caches cold and warm, and the rates of this device that a time is
+held against.
 
-Times are those of device events. Cold: before each call a buffer larger than the last-level cache is written. A graph's
-replay has no launches from the CPU in it, so the difference to the plain call is what launching costs. On a CPU, where no
-kernel is worth timing, the same code takes wall time.
+Times are those of device events. Cold: before each call a buffer larger than the last-level cache
+is written. A graph's replay has no launches from the CPU in it, so the difference to the plain call
+is what launching costs. On a CPU, where no kernel is worth timing, the same code takes wall time.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def spread(seconds: list[float]) -> Spread:
     """Median and tenths of some times in seconds."""
     ordered = sorted(1e6 * each for each in seconds)
     tenth = (len(ordered) - 1) / 10
-    return Spread(statistics.median(ordered), ordered[round(tenth)], ordered[round(9 * tenth)], len(ordered))
+    return Spread(
+        statistics.median(ordered), ordered[round(tenth)], ordered[round(9 * tenth)], len(ordered)
+    )
 
 
 @dataclass(frozen=True)
@@ -87,17 +90,27 @@ class Timer:
         rough = min(self._once(run, cold=False) for _ in range(3))
         cold, warm = self._repeat(run, rough, cold=True), self._repeat(run, rough, cold=False)
         if self.device.type != "cuda" or rough > _SMALL:
-            return Times(cold, warm, no_graph="over a millisecond" if self.device.type == "cuda" else "no GPU")
+            return Times(
+                cold,
+                warm,
+                no_graph="over a millisecond" if self.device.type == "cuda" else "no GPU",
+            )
         try:
             one, calls = self._captured(run, 1), max(1, min(20, int(_SMALL / rough)))
             many = self._captured(run, calls)
-            return Times(cold, warm, self._repeat(one, rough, cold=True), self._repeat(many, rough * calls, cold=False, calls=calls))
+            return Times(
+                cold,
+                warm,
+                self._repeat(one, rough, cold=True),
+                self._repeat(many, rough * calls, cold=False, calls=calls),
+            )
         except RuntimeError as failure:  # a call that waits for the device cannot be captured
             torch.cuda.synchronize()
             return Times(cold, warm, no_graph=str(failure).splitlines()[0])
 
     def peaks(self) -> Peaks:
-        """Copy bandwidth and product rates of this device: the best of some repeats, which is what a bound must be."""
+        """Copy bandwidth and product rates of this device: the best of some repeats, which is what
+        a bound must be."""
         bytes_, side = (4 << 30, 8192) if self.device.type == "cuda" else (1 << 26, 256)
         source = torch.empty(bytes_ // 2, dtype=torch.uint8, device=self.device).fill_(1)
         target = torch.empty_like(source)
@@ -113,7 +126,11 @@ class Timer:
         one = torch.ones((), device=self.device)
         try:
             a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
-            return 2 * a.shape[0]**3 / self._best(lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16))
+            return (
+                2
+                * a.shape[0] ** 3
+                / self._best(lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16))
+            )
         except (RuntimeError, ValueError):  # an architecture without FP8 products of this format
             return None
 
@@ -121,7 +138,9 @@ class Timer:
         run()
         return min(self._once(run, cold=False) for _ in range(10))
 
-    def _repeat(self, run: Callable[[], object], rough: float, cold: bool, calls: int = 1) -> Spread:
+    def _repeat(
+        self, run: Callable[[], object], rough: float, cold: bool, calls: int = 1
+    ) -> Spread:
         repeats = max(_LEAST, min(_MOST, int(_SECONDS / max(rough, 1e-6))))
         return spread([self._once(run, cold) / calls for _ in range(repeats)])
 
@@ -134,7 +153,8 @@ class Timer:
         return graph.replay
 
     def _once(self, run: Callable[[], object], cold: bool) -> float:
-        """Seconds of one call. While the cache is emptied the CPU is ahead of the device: launching costs little then."""
+        """Seconds of one call. While the cache is emptied the CPU is ahead of the device: launching
+        costs little then."""
         if cold:
             self._flush.fill_(0xA5)
         if self.device.type != "cuda":

@@ -13,13 +13,29 @@ ARCHITECTURE = "DeepseekV4ForCausalLM"
 COMPRESS_RATIOS = (0, 4, 128)
 
 # Fields that only the V4.1 family carries; a config that sets one describes another model.
-_OTHER_FAMILY = ("kv_source_layer_ids", "engram_layer_ids", "engram_vocab_size", "vision_n_layers",
-                 "hc_pre_from_prev_sublayer")
+_OTHER_FAMILY = (
+    "kv_source_layer_ids",
+    "engram_layer_ids",
+    "engram_vocab_size",
+    "vision_n_layers",
+    "hc_pre_from_prev_sublayer",
+)
 
-_FIXED = {"num_key_value_heads": 1, "head_dim": 512, "qk_rope_head_dim": 64, "index_head_dim": 128,
-          "sliding_window": 128, "hc_mult": 4, "n_shared_experts": 1, "scoring_func": "sqrtsoftplus",
-          "topk_method": "noaux_tc", "norm_topk_prob": True, "hidden_act": "silu",
-          "tie_word_embeddings": False, "attention_bias": False}
+_FIXED = {
+    "num_key_value_heads": 1,
+    "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "index_head_dim": 128,
+    "sliding_window": 128,
+    "hc_mult": 4,
+    "n_shared_experts": 1,
+    "scoring_func": "sqrtsoftplus",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+}
 
 
 class Precision(str, Enum):
@@ -28,7 +44,8 @@ class Precision(str, Enum):
     EXACT = "exact"
     """Dequantised weights, fp32 caches and arithmetic: for checking."""
     OFFICIAL = "official"
-    """EXACT plus the roundings the model was trained with: cached latents to FP8, indexer to FP4."""
+    """EXACT plus the roundings the model was trained with: cached latents to FP8, indexer to
+    FP4."""
     SERVING = "serving"
     """bf16 activations and the packed caches that kernels read."""
 
@@ -104,12 +121,15 @@ class Geometry:
 
     @classmethod
     def from_dir(cls, model_dir: str | Path) -> Geometry:
-        """Reads `model_dir`/config.json. Raises ConfigError naming the file when it is absent or not JSON."""
+        """Reads `model_dir`/config.json. Raises ConfigError naming the file when it is absent or
+        not JSON."""
         path = Path(model_dir) / "config.json"
         try:
             config = json.loads(path.read_text())
         except FileNotFoundError:
-            raise ConfigError(f"{path} does not exist; give the directory of a DeepSeek-V4 checkpoint") from None
+            raise ConfigError(
+                f"{path} does not exist; give the directory of a DeepSeek-V4 checkpoint"
+            ) from None
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path} is not valid JSON: {error}") from None
         return cls.from_config(config)
@@ -118,22 +138,32 @@ class Geometry:
     def from_config(cls, config: Mapping[str, Any]) -> Geometry:
         """Geometry of a config.json mapping.
 
-        Raises ConfigError with the field, its value and what is supported, for another architecture, a V4.1
-        field, a missing field, an unknown compress ratio, or sizes that contradict one another.
+        Raises ConfigError with the field, its value and what is supported, for another
+        architecture, a V4.1 field, a missing field, an unknown compress ratio, or sizes that
+        contradict one another.
         """
         if not isinstance(config, Mapping):
             raise ConfigError(f"config.json holds a {type(config).__name__}, not an object")
         _check_family(config)
         for name, supported in _FIXED.items():
             if config.get(name, supported) != supported:
-                raise ConfigError(f"config.json: {name} is {config[name]!r}; DeepSeek-V4 has {supported!r}")
+                raise ConfigError(
+                    f"config.json: {name} is {config[name]!r}; DeepSeek-V4 has {supported!r}"
+                )
         block = (config.get("quantization_config") or {}).get("weight_block_size", [128, 128])
         if list(block) != [128, 128]:
-            raise ConfigError(f"config.json: weight_block_size is {block}; DeepSeek-V4 has [128, 128]")
+            raise ConfigError(
+                f"config.json: weight_block_size is {block}; DeepSeek-V4 has [128, 128]"
+            )
         geometry = cls(
-            compress_ratios=_ratios(config), yarn=_yarn(config),
+            compress_ratios=_ratios(config),
+            yarn=_yarn(config),
             **{name: _number(config, name, kind) for name, kind in _REQUIRED.items()},
-            **{name: _number(config, name, kind) for name, kind in _OPTIONAL.items() if config.get(name) is not None},
+            **{
+                name: _number(config, name, kind)
+                for name, kind in _OPTIONAL.items()
+                if config.get(name) is not None
+            },
         )
         geometry._check_sizes()
         return geometry
@@ -142,43 +172,86 @@ class Geometry:
         ratios = self.compress_ratios
         unknown = sorted({ratio for ratio in ratios if ratio not in COMPRESS_RATIOS})
         if unknown:
-            raise ConfigError(f"config.json: compress_ratios holds {unknown}; DeepSeek-V4 has {COMPRESS_RATIOS}")
+            raise ConfigError(
+                f"config.json: compress_ratios holds {unknown}; DeepSeek-V4 has {COMPRESS_RATIOS}"
+            )
         if len(ratios) != self.num_layers:
-            raise ConfigError(f"config.json: compress_ratios has {len(ratios)} entries for {self.num_hidden_layers} "
-                              f"layers and {self.num_nextn_predict_layers} MTP blocks")
-        if any(ratios[self.num_hidden_layers:]):
-            raise ConfigError(f"config.json: the MTP blocks' compress_ratios are {ratios[self.num_hidden_layers:]}, "
-                              "they must be 0")
+            raise ConfigError(
+                f"config.json: compress_ratios has {len(ratios)} entries for"
+                f" {self.num_hidden_layers} layers and {self.num_nextn_predict_layers} MTP blocks"
+            )
+        if any(ratios[self.num_hidden_layers :]):
+            raise ConfigError(
+                "config.json: the MTP blocks' compress_ratios are"
+                f" {ratios[self.num_hidden_layers :]}, they must be 0"
+            )
         if self.num_attention_heads % self.o_groups:
-            raise ConfigError(f"config.json: o_groups {self.o_groups} does not divide "
-                              f"num_attention_heads {self.num_attention_heads}")
+            raise ConfigError(
+                f"config.json: o_groups {self.o_groups} does not divide "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
         if self.num_experts_per_tok > self.n_routed_experts:
-            raise ConfigError(f"config.json: num_experts_per_tok {self.num_experts_per_tok} exceeds "
-                              f"n_routed_experts {self.n_routed_experts}")
+            raise ConfigError(
+                f"config.json: num_experts_per_tok {self.num_experts_per_tok} exceeds "
+                f"n_routed_experts {self.n_routed_experts}"
+            )
         for name in ("hidden_size", "moe_intermediate_size"):
             if getattr(self, name) % 32:
-                raise ConfigError(f"config.json: {name} is {getattr(self, name)}, not a multiple of the FP4 block 32")
+                raise ConfigError(
+                    f"config.json: {name} is {getattr(self, name)}, not a multiple of the FP4"
+                    " block 32"
+                )
         if self.expert_dtype not in ("fp4", "fp8"):
-            raise ConfigError(f"config.json: expert_dtype is {self.expert_dtype!r}; supported are 'fp4' and 'fp8'")
+            raise ConfigError(
+                f"config.json: expert_dtype is {self.expert_dtype!r}; supported are 'fp4' and 'fp8'"
+            )
 
 
-_REQUIRED = dict.fromkeys(
-    ("num_hidden_layers", "hidden_size", "num_attention_heads", "q_lora_rank", "o_groups", "o_lora_rank",
-     "index_n_heads", "index_topk", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "vocab_size",
-     "max_position_embeddings"), int) | dict.fromkeys(
-    ("routed_scaling_factor", "swiglu_limit", "rope_theta", "compress_rope_theta"), float) | {"num_hash_layers": "count"}
+_REQUIRED = (
+    dict.fromkeys(
+        (
+            "num_hidden_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "q_lora_rank",
+            "o_groups",
+            "o_lora_rank",
+            "index_n_heads",
+            "index_topk",
+            "n_routed_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "vocab_size",
+            "max_position_embeddings",
+        ),
+        int,
+    )
+    | dict.fromkeys(
+        ("routed_scaling_factor", "swiglu_limit", "rope_theta", "compress_rope_theta"), float
+    )
+    | {"num_hash_layers": "count"}
+)
 _OPTIONAL = dict.fromkeys(("num_nextn_predict_layers", "bos_token_id", "eos_token_id"), "count") | {
-    "hc_sinkhorn_iters": int, "hc_eps": float, "rms_norm_eps": float, "expert_dtype": str}
+    "hc_sinkhorn_iters": int,
+    "hc_eps": float,
+    "rms_norm_eps": float,
+    "expert_dtype": str,
+}
 """Kind of each field: a positive int, a positive float, an int from 0 ("count"), or a str."""
 
 
 def _check_family(config: Mapping[str, Any]) -> None:
     architectures = config.get("architectures") or []
     if ARCHITECTURE not in architectures:
-        raise ConfigError(f"config.json: architectures is {architectures}; this package serves {ARCHITECTURE}")
+        raise ConfigError(
+            f"config.json: architectures is {architectures}; this package serves {ARCHITECTURE}"
+        )
     for name in _OTHER_FAMILY:
         if config.get(name):
-            raise ConfigError(f"config.json: {name} is set; that is a DeepSeek-V4.1 field, and V4.1 is not supported")
+            raise ConfigError(
+                f"config.json: {name} is set; that is a DeepSeek-V4.1 field, and V4.1 is not"
+                " supported"
+            )
 
 
 def _require(config: Mapping[str, Any], name: str) -> Any:
@@ -215,5 +288,14 @@ def _yarn(config: Mapping[str, Any]) -> Yarn:
     kind = scaling.get("type", scaling.get("rope_type"))
     if kind != "yarn":
         raise ConfigError(f"config.json: rope_scaling type is {kind!r}; DeepSeek-V4 uses 'yarn'")
-    return Yarn(*(_number(scaling, each.name, int if each.name.startswith("original") else float, "rope_scaling.")
-                  for each in fields(Yarn)))
+    return Yarn(
+        *(
+            _number(
+                scaling,
+                each.name,
+                int if each.name.startswith("original") else float,
+                "rope_scaling.",
+            )
+            for each in fields(Yarn)
+        )
+    )

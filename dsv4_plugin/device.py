@@ -12,7 +12,7 @@ CPU = "cpu"
 
 @functools.cache
 def arch() -> str:
-    """"gfx950", "gfx942", "sm_90", … of the first visible GPU, or "cpu"."""
+    """ "gfx950", "gfx942", "sm_90", … of the first visible GPU, or "cpu"."""
     import torch
 
     if not torch.cuda.is_available():

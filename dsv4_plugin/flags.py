@@ -1,8 +1,9 @@
 """The one table of switches, read from DSV4_* environment variables.
 
-A switch has, in this order, the value of: its own variable; a variable of SGLang's side branch, of SGLang or of the
-InferenceX recipes that means the same (foreign_flags.yaml); DSV4_PROFILE (profiles.yaml); its default. A profile is
-meant to be overridden in single switches; everything else that disagrees is an error.
+A switch has, in this order, the value of: its own variable; a variable of SGLang's side branch, of
+SGLang or of the InferenceX recipes that means the same (foreign_flags.yaml); DSV4_PROFILE
+(profiles.yaml); its default. A profile is meant to be overridden in single switches; everything
+else that disagrees is an error.
 """
 
 from __future__ import annotations
@@ -25,18 +26,35 @@ logger = logging.getLogger(__name__)
 PREFIX = "DSV4_"
 LAYERS = "DSV4_LAYERS_"
 ADOPTED = "DSV4_ADOPTED"
-LIBRARY_PREFIXES = ("AITER_", "FLYDSL_", "TRITON_", "TILELANG_", "HIP_", "HSA_", "GPU_", "ROCM_", "NCCL_", "RCCL_", "MIOPEN_",
-                    "CUDA_", "OMP_", "GOMP_", "MKL_")
+LIBRARY_PREFIXES = (
+    "AITER_",
+    "FLYDSL_",
+    "TRITON_",
+    "TILELANG_",
+    "HIP_",
+    "HSA_",
+    "GPU_",
+    "ROCM_",
+    "NCCL_",
+    "RCCL_",
+    "MIOPEN_",
+    "CUDA_",
+    "OMP_",
+    "GOMP_",
+    "MKL_",
+)
 """Of the variables that compilers and libraries beside this package read."""
 
 
 class FlagError(ValueError):
-    """A DSV4_* variable that does not exist, a value it does not take, or switches that contradict one another."""
+    """A DSV4_* variable that does not exist, a value it does not take, or switches that contradict
+    one another."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One switch: an environment variable, the values it takes, the one it has when unset, and what it does.
+    """One switch: an environment variable, the values it takes, the one it has when unset, and what
+    it does.
 
     `values` lists the values, or is the one regular expression that every value matches.
     """
@@ -63,7 +81,8 @@ class Flag:
 class Setting:
     """The value that a switch has, and what gave it: "default", or the variable and its value.
 
-    One that `yields` is a profile's: where this machine or this version cannot follow it, auto decides, and it is logged.
+    One that `yields` is a profile's: where this machine or this version cannot follow it, auto
+    decides, and it is logged.
     """
 
     value: str
@@ -73,7 +92,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Wish:
-    """What a foreign variable asks of one operator; a weak one holds only while nothing else is asked of it."""
+    """What a foreign variable asks of one operator; a weak one holds only while nothing else is
+    asked of it."""
 
     source: str
     operator: str
@@ -130,7 +150,8 @@ def profiles() -> dict[str, dict[str, Any]]:
 
 
 def _profile_names() -> tuple[str, ...]:
-    """The top-level keys of profiles.yaml, without the YAML reader, for they are needed wherever this is imported."""
+    """The top-level keys of profiles.yaml, without the YAML reader, for they are needed wherever
+    this is imported."""
     text = (Path(__file__).parent / "profiles.yaml").read_text(encoding="utf-8")
     return tuple(re.findall(r"""^["']?([\w-]+)["']?:""", text, re.MULTILINE))
 
@@ -142,38 +163,87 @@ def foreign_flags() -> dict[str, dict[str, Any]]:
 
 
 def _operator_rows() -> tuple[Flag, ...]:
-    return tuple(row for name, what in OPERATORS.items() for row in (
-        Flag(operator_flag(name), IMPLEMENTATIONS, AUTO,
-             f"Implementation of {name}: {what}. auto takes the first that can run; one that is named must run."),
-        Flag(layers_flag(name), _LAYER_LIST, "",
-             f"Layers that take the implementation of {name}; all others take the reference.",
-             "a list of layers as 0-3,7, empty for all"),
-    ))
+    return tuple(
+        row
+        for name, what in OPERATORS.items()
+        for row in (
+            Flag(
+                operator_flag(name),
+                IMPLEMENTATIONS,
+                AUTO,
+                f"Implementation of {name}: {what}. auto takes the first that can run; one that is"
+                " named must run.",
+            ),
+            Flag(
+                layers_flag(name),
+                _LAYER_LIST,
+                "",
+                f"Layers that take the implementation of {name}; all others take the reference.",
+                "a list of layers as 0-3,7, empty for all",
+            ),
+        )
+    )
 
 
 FLAGS: tuple[Flag, ...] = (
-    Flag("DSV4_PLUGIN", ("0", "1"), "1",
-         "0: the plugin does nothing at all and the server is stock SGLang."),
-    Flag("DSV4_STRICT", ("0", "1"), "0",
-         "1: a seam of the host that does not hold stops the start; 0: it is logged as an error."),
-    Flag("DSV4_DEVICE", ("auto", "cpu"), "auto",
-         "cpu: serve on the CPU through the plugin's own platform; auto: SGLang's platform of this machine."),
-    Flag("DSV4_PRECISION", tuple(p.value for p in Precision), Precision.SERVING.value,
-         "exact: fp32 weights, caches and arithmetic, for checking; official: exact plus the roundings of the "
-         "model's own cache; serving: bf16 and the packed cache, for production."),
-    Flag("DSV4_PROBE", ("0", "1"), "0",
-         "1: before the server is ready, a fixed prompt runs through the loaded model and every operator of the "
-         "sampled layers is compared with its reference; a mismatch stops the server."),
-    Flag("DSV4_REPORT", re.compile(r".*"), "",
-         "File for the report of what ran (JSON).", "a path; empty: dsv4/active-PORT.json in SGLang's cache directory"),
-    Flag("DSV4_PROFILE", _profile_names(), AUTO,
-         "Implementations of all operators at once. safe: torch references; a date: what the side branch ran at that "
-         "milestone of the published MI355X curves, as far as this version and machine have it (auto for the rest, "
-         "which is logged)."),
+    Flag(
+        "DSV4_PLUGIN",
+        ("0", "1"),
+        "1",
+        "0: the plugin does nothing at all and the server is stock SGLang.",
+    ),
+    Flag(
+        "DSV4_STRICT",
+        ("0", "1"),
+        "0",
+        "1: a seam of the host that does not hold stops the start; 0: it is logged as an error.",
+    ),
+    Flag(
+        "DSV4_DEVICE",
+        ("auto", "cpu"),
+        "auto",
+        "cpu: serve on the CPU through the plugin's own platform; auto: SGLang's platform of this"
+        " machine.",
+    ),
+    Flag(
+        "DSV4_PRECISION",
+        tuple(p.value for p in Precision),
+        Precision.SERVING.value,
+        "exact: fp32 weights, caches and arithmetic, for checking; official: exact plus the"
+        " roundings of the model's own cache; serving: bf16 and the packed cache, for production.",
+    ),
+    Flag(
+        "DSV4_PROBE",
+        ("0", "1"),
+        "0",
+        "1: before the server is ready, a fixed prompt runs through the loaded model and every"
+        " operator of the sampled layers is compared with its reference; a mismatch stops the"
+        " server.",
+    ),
+    Flag(
+        "DSV4_REPORT",
+        re.compile(r".*"),
+        "",
+        "File for the report of what ran (JSON).",
+        "a path; empty: dsv4/active-PORT.json in SGLang's cache directory",
+    ),
+    Flag(
+        "DSV4_PROFILE",
+        _profile_names(),
+        AUTO,
+        "Implementations of all operators at once. safe: torch references; a date: what the side"
+        " branch ran at that milestone of the published MI355X curves, as far as this version and"
+        " machine have it (auto for the rest, which is logged).",
+    ),
     *_operator_rows(),
-    Flag(ADOPTED, re.compile(r".*"), "",
-         "Set by the plugin for its worker processes: the foreign variables that the user had set, before SGLang "
-         "changed some of them.", "a JSON object"),
+    Flag(
+        ADOPTED,
+        re.compile(r".*"),
+        "",
+        "Set by the plugin for its worker processes: the foreign variables that the user had set,"
+        " before SGLang changed some of them.",
+        "a JSON object",
+    ),
 )
 
 _BY_NAME = {flag.name: flag for flag in FLAGS}
@@ -181,7 +251,8 @@ _OPERATOR_OF = {operator_flag(name): name for name in OPERATORS}
 
 
 def setting(name: str, environ: Mapping[str, str] = os.environ) -> Setting:
-    """The value of flag `name` and its source. Raises FlagError for a value that it does not take or a contradiction."""
+    """The value of flag `name` and its source. Raises FlagError for a value that it does not take
+    or a contradiction."""
     flag = _BY_NAME[name]
     own = environ.get(name)
     if own is not None and not flag.takes(own):
@@ -192,7 +263,8 @@ def setting(name: str, environ: Mapping[str, str] = os.environ) -> Setting:
 
 
 def read(name: str, environ: Mapping[str, str] = os.environ) -> str:
-    """The value of flag `name`. Raises FlagError for a value that it does not take or a contradiction."""
+    """The value of flag `name`. Raises FlagError for a value that it does not take or a
+    contradiction."""
     return setting(name, environ).value
 
 
@@ -207,19 +279,23 @@ def precision(environ: Mapping[str, str] = os.environ) -> Precision:
 
 
 def implementation(operator: str, environ: Mapping[str, str] = os.environ) -> Setting:
-    """The implementation asked for `operator`, "auto" for none. Raises FlagError for an unknown or disputed one."""
+    """The implementation asked for `operator`, "auto" for none. Raises FlagError for an unknown or
+    disputed one."""
     return setting(operator_flag(operator), environ)
 
 
 def layers(operator: str, environ: Mapping[str, str] = os.environ) -> frozenset[int] | None:
-    """Layers that take the chosen implementation of `operator`, None for all. Raises FlagError for a malformed list."""
+    """Layers that take the chosen implementation of `operator`, None for all. Raises FlagError for
+    a malformed list."""
     text = read(layers_flag(operator), environ)
     if not text:
         return None
     bounds = [[int(n) for n in part.split("-")] for part in text.split(",")]
     for bound in bounds:
         if bound[0] > bound[-1]:
-            raise FlagError(f"{layers_flag(operator)}={text!r}: {bound[0]}-{bound[-1]} runs backwards")
+            raise FlagError(
+                f"{layers_flag(operator)}={text!r}: {bound[0]}-{bound[-1]} runs backwards"
+            )
     return frozenset(layer for bound in bounds for layer in range(bound[0], bound[-1] + 1))
 
 
@@ -228,35 +304,49 @@ def _operator_setting(operator: str, own: str | None, environ: Mapping[str, str]
     wishes = [wish for wish in foreign_wishes(environ) if wish.operator == operator]
     firm = [wish for wish in wishes if not wish.weak]
     asked = [Setting(own, f"{flag}={own}")] if own is not None else []
-    asked += [Setting(wish.implementation, wish.source) for wish in firm or (wishes if own is None else [])]
+    asked += [
+        Setting(wish.implementation, wish.source)
+        for wish in firm or (wishes if own is None else [])
+    ]
     for other in asked[1:]:
         if other.value != asked[0].value:
-            raise FlagError(f"{asked[0].source} and {other.source} contradict each other: they mean "
-                            f"{flag}={asked[0].value} and {flag}={other.value}; unset one of them")
+            raise FlagError(
+                f"{asked[0].source} and {other.source} contradict each other: they mean "
+                f"{flag}={asked[0].value} and {flag}={other.value}; unset one of them"
+            )
     if asked:
         return asked[0]
     profile = read("DSV4_PROFILE", environ)
     chosen = profiles()[profile]["operators"].get(operator)
-    return Setting(AUTO) if chosen is None else Setting(chosen, f"DSV4_PROFILE={profile}", yields=True)
+    return (
+        Setting(AUTO) if chosen is None else Setting(chosen, f"DSV4_PROFILE={profile}", yields=True)
+    )
 
 
 def foreign(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Foreign variables of the table that the user has set, by name.
 
-    SGLang itself sets some of them while it resolves its arguments; worker processes read what `adopt` kept.
+    SGLang itself sets some of them while it resolves its arguments; worker processes read what
+    `adopt` kept.
     """
     try:
         origin = json.loads(environ[ADOPTED]) if environ.get(ADOPTED) else environ
     except json.JSONDecodeError:
-        raise FlagError(f"{ADOPTED}={environ[ADOPTED]!r} is not what the plugin sets for its workers; unset it") from None
+        raise FlagError(
+            f"{ADOPTED}={environ[ADOPTED]!r} is not what the plugin sets for its workers; unset it"
+        ) from None
     return {name: origin[name] for name in foreign_flags() if name in origin}
 
 
-_SWITCH = {**dict.fromkeys(("1", "true", "yes", "y"), "enabled"), **dict.fromkeys(("0", "false", "no", "n"), "disabled")}
+_SWITCH = {
+    **dict.fromkeys(("1", "true", "yes", "y"), "enabled"),
+    **dict.fromkeys(("0", "false", "no", "n"), "disabled"),
+}
 
 
 def foreign_wishes(environ: Mapping[str, str] = os.environ) -> Iterator[Wish]:
-    """What the foreign variables ask for. Raises FlagError for a value that cannot be understood or served."""
+    """What the foreign variables ask for. Raises FlagError for a value that cannot be understood or
+    served."""
     for name, value in foreign(environ).items():
         row = foreign_flags()[name]
         if reason := row.get("refuse", {}).get(value.lower()):
@@ -280,48 +370,70 @@ def foreign_wishes(environ: Mapping[str, str] = os.environ) -> Iterator[Wish]:
 def mirrors(name: str) -> list[str]:
     """Foreign variables that may set flag `name`."""
     operator = _OPERATOR_OF.get(name)
-    meanings = {foreign: [*row.get("values", {}).values(), row.get("enabled", {}), row.get("disabled", {})]
-                for foreign, row in foreign_flags().items()}
-    return [foreign for foreign, sides in meanings.items()
-            if operator and any(operator in side for side in sides if isinstance(side, dict))]
+    meanings = {
+        foreign: [*row.get("values", {}).values(), row.get("enabled", {}), row.get("disabled", {})]
+        for foreign, row in foreign_flags().items()
+    }
+    return [
+        foreign
+        for foreign, sides in meanings.items()
+        if operator and any(operator in side for side in sides if isinstance(side, dict))
+    ]
 
 
 def check(environ: Mapping[str, str] = os.environ) -> None:
     """Raises FlagError for the first thing that is wrong with the switches.
 
-    That is a DSV4_* variable that is no flag (the nearest one is named), a wrong value, or a contradiction.
+    That is a DSV4_* variable that is no flag (the nearest one is named), a wrong value, or a
+    contradiction.
     """
     for name in sorted(environ):
         if name.startswith(PREFIX) and name not in _BY_NAME:
             near = difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.0)
-            raise FlagError(f"{name}={environ[name]!r} is set, but there is no such flag; did you mean {near[0]}?")
+            raise FlagError(
+                f"{name}={environ[name]!r} is set, but there is no such flag; did you mean"
+                f" {near[0]}?"
+            )
     for flag in FLAGS:
         setting(flag.name, environ)
     for operator in OPERATORS:
         chosen = implementation(operator, environ)
         if layers(operator, environ) is not None and chosen.value == REFERENCE:
-            raise FlagError(f"{layers_flag(operator)}={environ[layers_flag(operator)]} chooses layers, but "
-                            f"{chosen.source} gives all of them the reference; unset one of them")
+            raise FlagError(
+                f"{layers_flag(operator)}={environ[layers_flag(operator)]} chooses layers, but "
+                f"{chosen.source} gives all of them the reference; unset one of them"
+            )
 
 
 def notes(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """One line for each foreign variable that is set: what it was taken for, or why it has no effect."""
+    """One line for each foreign variable that is set: what it was taken for, or why it has no
+    effect."""
     wishes = list(foreign_wishes(environ))
     lines = []
     for name, value in foreign(environ).items():
         row = foreign_flags()[name]
         meanings = row.get("values", {})
         text = meanings.get(value.lower(), meanings.get("other"))
-        taken = [f"{operator_flag(wish.operator)}={setting(operator_flag(wish.operator), environ).value}"
-                 for wish in wishes if wish.source == f"{name}={value}"
-                 and setting(operator_flag(wish.operator), environ).source == wish.source]
-        why = row.get("note") or (text if isinstance(text, str) else "it asks for nothing that is not decided already")
-        lines.append(f"{name}={value} is taken as {', '.join(taken)}" if taken else f"{name}={value} has no effect: {why}")
+        taken = [
+            f"{operator_flag(wish.operator)}={setting(operator_flag(wish.operator), environ).value}"
+            for wish in wishes
+            if wish.source == f"{name}={value}"
+            and setting(operator_flag(wish.operator), environ).source == wish.source
+        ]
+        why = row.get("note") or (
+            text if isinstance(text, str) else "it asks for nothing that is not decided already"
+        )
+        lines.append(
+            f"{name}={value} is taken as {', '.join(taken)}"
+            if taken
+            else f"{name}={value} has no effect: {why}"
+        )
     return lines
 
 
 def adopt(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Logs what the foreign variables mean and keeps them for the processes to come; done once, by the first process."""
+    """Logs what the foreign variables mean and keeps them for the processes to come; done once, by
+    the first process."""
     if ADOPTED in environ:
         return
     for line in notes(environ):

@@ -26,23 +26,64 @@ implementation, and the report says why it did.
 def markdown() -> str:
     """The document. It depends on the table alone, not on the environment."""
     general = [flag for flag in flags.FLAGS if flag.name not in _operator_flags()]
-    lines = [_HEAD, "## General", "", "| variable | values | default | meaning |", "|---|---|---|---|"]
-    lines += [f"| `{flag.name}` | {_values(flag)} | {_code(flag.default)} | {_cell(flag.meaning)} |" for flag in general]
-    lines += ["", "## Operators", "",
-              f"Each operator has two: `DSV4_<OPERATOR>` is {' or '.join(f'`{name}`' for name in flags.IMPLEMENTATIONS)} "
-              f"(default `{flags.AUTO}`), and `DSV4_LAYERS_<OPERATOR>` lists the layers, as `0-3,7`, that take it; all "
-              "other layers then take the reference, which is how a wrong implementation is found by bisection.", "",
-              "| variable | operator | asked for by |", "|---|---|---|"]
-    lines += [f"| `{flags.operator_flag(name)}` | {what} | {_mirrors(name)} |" for name, what in flags.OPERATORS.items()]
-    lines += ["", "## Profiles", "", "`auto` leaves every operator at `auto`, `safe` gives all of them the reference. The "
-              "dated ones are the milestones of the published MI355X curves:", "", *_profiles(), "",
-              "## Variables of others", "", "| variable | taken as |", "|---|---|"]
-    lines += [f"| `{name}` | {_cell(_meaning(row))} |" for name, row in flags.foreign_flags().items()]
+    lines = [
+        _HEAD,
+        "## General",
+        "",
+        "| variable | values | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{flag.name}` | {_values(flag)} | {_code(flag.default)} | {_cell(flag.meaning)} |"
+        for flag in general
+    ]
+    lines += [
+        "",
+        "## Operators",
+        "",
+        (
+            "Each operator has two: `DSV4_<OPERATOR>` is"
+            f" {' or '.join(f'`{name}`' for name in flags.IMPLEMENTATIONS)} (default"
+            f" `{flags.AUTO}`), and `DSV4_LAYERS_<OPERATOR>` lists the layers, as `0-3,7`, that"
+            " take it; all other layers then take the reference, which is how a wrong"
+            " implementation is found by bisection."
+        ),
+        "",
+        "| variable | operator | asked for by |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| `{flags.operator_flag(name)}` | {what} | {_mirrors(name)} |"
+        for name, what in flags.OPERATORS.items()
+    ]
+    lines += [
+        "",
+        "## Profiles",
+        "",
+        (
+            "`auto` leaves every operator at `auto`, `safe` gives all of them the reference. The "
+            "dated ones are the milestones of the published MI355X curves:"
+        ),
+        "",
+        *_profiles(),
+        "",
+        "## Variables of others",
+        "",
+        "| variable | taken as |",
+        "|---|---|",
+    ]
+    lines += [
+        f"| `{name}` | {_cell(_meaning(row))} |" for name, row in flags.foreign_flags().items()
+    ]
     return "\n".join(lines) + "\n"
 
 
 def _operator_flags() -> set[str]:
-    return {name(operator) for operator in flags.OPERATORS for name in (flags.operator_flag, flags.layers_flag)}
+    return {
+        name(operator)
+        for operator in flags.OPERATORS
+        for name in (flags.operator_flag, flags.layers_flag)
+    }
 
 
 def _profiles() -> list[str]:
@@ -64,9 +105,19 @@ def _mirrors(operator: str) -> str:
 
 def _meaning(row: dict) -> str:
     parts = []
-    for value, meaning in {**row.get("values", {}), **{s: row[s] for s in ("enabled", "disabled") if s in row}}.items():
-        asked = meaning if isinstance(meaning, str) else ", ".join(
-            f"`{flags.operator_flag(operator)}={wanted}`" for operator, wanted in meaning.items()) or "nothing"
+    for value, meaning in {
+        **row.get("values", {}),
+        **{s: row[s] for s in ("enabled", "disabled") if s in row},
+    }.items():
+        asked = (
+            meaning
+            if isinstance(meaning, str)
+            else ", ".join(
+                f"`{flags.operator_flag(operator)}={wanted}`"
+                for operator, wanted in meaning.items()
+            )
+            or "nothing"
+        )
         parts.append(f"{value}: {asked}")
     parts += [f"{value}: refused, {why}" for value, why in row.get("refuse", {}).items()]
     return "; ".join(parts + ([row["note"]] if "note" in row else []))

@@ -1,7 +1,7 @@
 """Number formats of DeepSeek-V4: FP8 e4m3, FP4 e2m1 and their power-of-two (ue8m0) block scales.
 
-Plain torch, the definition of every rounding the package makes (docs/model.md §2, §6). Rounding is to nearest
-even and saturating.
+Plain torch, the definition of every rounding the package makes (docs/model.md §2, §6). Rounding is
+to nearest even and saturating.
 """
 
 from __future__ import annotations
@@ -44,8 +44,11 @@ def _blocks(x: Tensor, block: int) -> Tensor:
     return x.float().unflatten(-1, (-1, block))
 
 
-def quantize_fp8(x: Tensor, block: int, amax_floor: float = ACTIVATION_AMAX_FLOOR) -> tuple[Tensor, Tensor]:
-    """FP8 e4m3 of `x` [..., n] and its fp32 scales [..., n/block], powers of two: 2^ceil(log2(max(amax, floor)/448))."""
+def quantize_fp8(
+    x: Tensor, block: int, amax_floor: float = ACTIVATION_AMAX_FLOOR
+) -> tuple[Tensor, Tensor]:
+    """FP8 e4m3 of `x` [..., n] and its fp32 scales [..., n/block], powers of two:
+    2^ceil(log2(max(amax, floor)/448))."""
     blocks = _blocks(x, block)
     amax = blocks.abs().amax(-1, keepdim=True).clamp_min(amax_floor)
     scale = _power_of_two_at_least(amax / FP8_MAX)
@@ -64,15 +67,19 @@ def round_to_fp8(x: Tensor, block: int) -> Tensor:
 
 
 def round_to_e2m1(x: Tensor) -> Tensor:
-    """Each fp32 value of `x` rounded to the nearest e2m1 value, ties to the even mantissa, saturating at 6."""
+    """Each fp32 value of `x` rounded to the nearest e2m1 value, ties to the even mantissa,
+    saturating at 6."""
     magnitude = x.abs().clamp(max=FP4_MAX)
     # The spacing of e2m1 is 0.5 below 2, then 1, then 2; round() is to nearest even within each.
     step = torch.where(magnitude < 2.0, 0.5, torch.where(magnitude < 4.0, 1.0, 2.0))
     return torch.copysign(torch.round(magnitude / step) * step, x)
 
 
-def quantize_fp4(x: Tensor, block: int = 32, amax_floor: float = FP4_AMAX_FLOOR) -> tuple[Tensor, Tensor]:
-    """FP4 of `x` [..., n]: e2m1 values as fp32 [..., n] and fp32 power-of-two scales [..., n/block]."""
+def quantize_fp4(
+    x: Tensor, block: int = 32, amax_floor: float = FP4_AMAX_FLOOR
+) -> tuple[Tensor, Tensor]:
+    """FP4 of `x` [..., n]: e2m1 values as fp32 [..., n] and fp32 power-of-two scales [...,
+    n/block]."""
     blocks = _blocks(x, block)
     amax = blocks.abs().amax(-1, keepdim=True).clamp_min(amax_floor)
     scale = _power_of_two_at_least(amax / FP4_MAX)
@@ -85,7 +92,8 @@ def round_to_fp4(x: Tensor, block: int = 32) -> Tensor:
 
 
 def pack_fp4(values: Tensor) -> Tensor:
-    """int8 [..., n/2] of e2m1 `values` [..., n]: two codes a byte, the even column in the low nibble."""
+    """int8 [..., n/2] of e2m1 `values` [..., n]: two codes a byte, the even column in the low
+    nibble."""
     code = torch.bucketize(values.abs(), torch.tensor(FP4_VALUES, device=values.device))
     code = code | (torch.signbit(values).to(torch.int64) << 3)
     return (code[..., 0::2] | (code[..., 1::2] << 4)).to(torch.uint8).view(torch.int8)
@@ -98,40 +106,54 @@ def unpack_fp4(packed: Tensor) -> Tensor:
     return table[torch.stack((codes & 15, codes >> 4), -1).flatten(-2)]
 
 
-def dequantize_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32,
-                      block: tuple[int, int] = (128, 128)) -> Tensor:
+def dequantize_weight(
+    weight: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype = torch.float32,
+    block: tuple[int, int] = (128, 128),
+) -> Tensor:
     """A released weight [..., out, in] in `dtype` (docs/model.md §2).
 
-    `weight` float8_e4m3fn [..., out, in] with `scale` [..., ceil(out/128), ceil(in/128)], or int8 packed FP4
-    [..., out, in/2] with `scale` [..., out, in/32]; scales are ue8m0 (float8_e8m0fnu) or fp32.
+    `weight` float8_e4m3fn [..., out, in] with `scale` [..., ceil(out/128), ceil(in/128)], or int8
+    packed FP4 [..., out, in/2] with `scale` [..., out, in/32]; scales are ue8m0 (float8_e8m0fnu) or
+    fp32.
     """
     factor = scale.float() if scale.dtype == torch.float32 else ue8m0_to_float(scale)
     if weight.dtype == torch.int8:
         return dequantize_fp8(unpack_fp4(weight), factor).to(dtype)
     rows, columns = weight.shape[-2:]
-    factor = factor.repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[..., :columns]
+    factor = factor.repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[
+        ..., :columns
+    ]
     return (weight.float() * factor).to(dtype)
 
 
 def dense_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`weight` itself when it has no `scale`, that is when it is dense already; else decoded to `dtype`."""
+    """`weight` itself when it has no `scale`, that is when it is dense already; else decoded to
+    `dtype`."""
     return weight if scale is None else dequantize_weight(weight, scale, dtype)
 
 
-def quantize_weight_fp8(weight: Tensor, block: tuple[int, int] = (128, 128)) -> tuple[Tensor, Tensor]:
-    """FP8 e4m3 and ue8m0 scale [ceil(out/128), ceil(in/128)] of a weight [out, in], as released files store it."""
+def quantize_weight_fp8(
+    weight: Tensor, block: tuple[int, int] = (128, 128)
+) -> tuple[Tensor, Tensor]:
+    """FP8 e4m3 and ue8m0 scale [ceil(out/128), ceil(in/128)] of a weight [out, in], as released
+    files store it."""
     rows, columns = weight.shape
     grid = (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
     padded = torch.zeros(grid[0] * block[0], grid[1] * block[1])
     padded[:rows, :columns] = weight
     tiles = padded.unflatten(1, (grid[1], block[1])).unflatten(0, (grid[0], block[0]))
-    scale = _power_of_two_at_least(tiles.abs().amax((1, 3), keepdim=True).clamp_min(ACTIVATION_AMAX_FLOOR) / FP8_MAX)
+    scale = _power_of_two_at_least(
+        tiles.abs().amax((1, 3), keepdim=True).clamp_min(ACTIVATION_AMAX_FLOOR) / FP8_MAX
+    )
     values = (tiles / scale).flatten(2, 3).flatten(0, 1)[:rows, :columns].to(torch.float8_e4m3fn)
     return values.contiguous(), ue8m0_bytes(scale[:, 0, :, 0]).view(torch.float8_e8m0fnu)
 
 
 def quantize_weight_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed FP4 int8 [out, in/2] and ue8m0 scale [out, in/32] of a weight [out, in], as released files store it."""
+    """Packed FP4 int8 [out, in/2] and ue8m0 scale [out, in/32] of a weight [out, in], as released
+    files store it."""
     values, scale = quantize_fp4(weight, 32, ACTIVATION_AMAX_FLOOR)
     return pack_fp4(values), ue8m0_bytes(scale).view(torch.float8_e8m0fnu)
 
@@ -146,5 +168,6 @@ def _hadamard_matrix(size: int, device: torch.device) -> Tensor:
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Walsh–Hadamard transform of the last dimension n (a power of two), Sylvester order, scaled by n^-0.5, in fp32."""
+    """Walsh–Hadamard transform of the last dimension n (a power of two), Sylvester order, scaled by
+    n^-0.5, in fp32."""
     return x.float() @ _hadamard_matrix(x.shape[-1], x.device)

@@ -20,7 +20,8 @@ def _identity(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Group:
-    """One process's place in a group; `all_reduce` returns the sum of its argument over the group."""
+    """One process's place in a group; `all_reduce` returns the sum of its argument over the
+    group."""
 
     rank: int = 0
     size: int = 1
@@ -36,8 +37,9 @@ class Group:
 class Parallel:
     """Groups of one process. Every size is 1 unless given.
 
-    `attention` splits heads and output groups, `expert` splits the routed experts by index, `expert_tensor` splits
-    each expert's intermediate size, `shared` that of the shared expert, `vocab` the rows of embedding and head.
+    `attention` splits heads and output groups, `expert` splits the routed experts by index,
+    `expert_tensor` splits each expert's intermediate size, `shared` that of the shared expert,
+    `vocab` the rows of embedding and head.
     """
 
     attention: Group = field(default_factory=Group)
@@ -52,7 +54,12 @@ class Parallel:
         for what, total, group, unit in (
             ("num_attention_heads", geometry.num_attention_heads, self.attention, 1),
             ("o_groups", geometry.o_groups, self.attention, 1),
-            ("o_groups x o_lora_rank", geometry.o_groups * geometry.o_lora_rank, self.attention, block),
+            (
+                "o_groups x o_lora_rank",
+                geometry.o_groups * geometry.o_lora_rank,
+                self.attention,
+                block,
+            ),
             ("n_routed_experts", geometry.n_routed_experts, self.expert, 1),
             ("moe_intermediate_size", geometry.moe_intermediate_size, self.expert_tensor, block),
             ("moe_intermediate_size", geometry.moe_intermediate_size, self.shared, block),
@@ -60,4 +67,6 @@ class Parallel:
         ):
             if group.size > 1 and total % (group.size * unit):
                 blocks = f" in whole blocks of {unit}" if unit > 1 else ""
-                raise ParallelError(f"parallel size {group.size} does not divide {what} {total}{blocks}")
+                raise ParallelError(
+                    f"parallel size {group.size} does not divide {what} {total}{blocks}"
+                )

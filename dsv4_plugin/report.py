@@ -1,4 +1,5 @@
-"""What ran: one row for each operator, phase, layer kind and shape class, from the calls that were really made."""
+"""What ran: one row for each operator, phase, layer kind and shape class, from the calls that were
+really made."""
 
 from __future__ import annotations
 
@@ -67,12 +68,15 @@ class Report:
 
     @classmethod
     def read(cls, path: Path) -> Report:
-        """Reads what `write` wrote. Raises ReportError for anything else, OSError when it cannot be read."""
+        """Reads what `write` wrote. Raises ReportError for anything else, OSError when it cannot be
+        read."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls(content["facts"], [Row(**row) for row in content["rows"]])
         except (KeyError, TypeError, ValueError):
-            raise ReportError(f"{path} is no report of what ran; a server writes it, see DSV4_REPORT") from None
+            raise ReportError(
+                f"{path} is no report of what ran; a server writes it, see DSV4_REPORT"
+            ) from None
 
 
 @dataclass
@@ -93,7 +97,9 @@ def summary(rows: Iterable[Row]) -> list[Line]:
     lines: dict[tuple, Line] = {}
     for row in rows:
         same = (row.operator, row.phase, row.implementation, tuple(row.rejected.items()))
-        line = lines.setdefault(same, Line(row.operator, row.phase, row.implementation, row.rejected))
+        line = lines.setdefault(
+            same, Line(row.operator, row.phase, row.implementation, row.rejected)
+        )
         line.calls += row.calls
         for value, values in ((row.layer_kind, line.layers), (row.rows, line.rows)):
             if value not in values:
@@ -104,11 +110,23 @@ def summary(rows: Iterable[Row]) -> list[Line]:
 def text(report: Report) -> str:
     """The report as a table of plain text."""
     head = ("operator", "phase", "layers", "rows", "implementation", "calls", "not taken")
-    body = [(line.operator, line.phase, " ".join(line.layers), " ".join(sorted(line.rows, key=_first)), line.implementation,
-             str(line.calls), "; ".join(f"{name}: {reason}" for name, reason in line.rejected.items()) or "-")
-            for line in summary(report.rows)]
+    body = [
+        (
+            line.operator,
+            line.phase,
+            " ".join(line.layers),
+            " ".join(sorted(line.rows, key=_first)),
+            line.implementation,
+            str(line.calls),
+            "; ".join(f"{name}: {reason}" for name, reason in line.rejected.items()) or "-",
+        )
+        for line in summary(report.rows)
+    ]
     widths = [max(len(row[column]) for row in (head, *body)) for column in range(len(head))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *body)]
+    table = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+        for row in (head, *body)
+    ]
     facts = [f"{name}: {value}" for name, value in report.facts.items()]
     return "\n".join([*facts, *table])
 

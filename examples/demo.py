@@ -1,7 +1,8 @@
-"""A trained tiny DeepSeek-V4 through the real SGLang server: facts sown into thousands of tokens of text, then asked for.
+"""A trained tiny DeepSeek-V4 through the real SGLang server: facts sown into thousands of tokens of
+text, then asked for.
 
-Run by `make demo`. Needs no GPU, no download and no flag. The first question reads the whole text; the next ones find it
-in the prefix cache.
+Run by `make demo`. Needs no GPU, no download and no flag. The first question reads the whole text;
+the next ones find it in the prefix cache.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def story(text: str, characters: int) -> str:
     quarter = len(sentences) // len(FACTS)
     parts = []
     for index, (name, thing) in enumerate(FACTS):
-        first, *rest = sentences[index * quarter:(index + 1) * quarter]
+        first, *rest = sentences[index * quarter : (index + 1) * quarter]
         parts += [first, fact(name, thing).lstrip(), *rest]
     return " ".join(parts)
 
@@ -50,7 +51,8 @@ def free_port() -> int:
 
 
 def wait_until_ready(server: subprocess.Popen, url: str, log: Path, limit: float) -> None:
-    """Returns when `url`/health answers; shows the seconds; exits with the log's tail if the server stops or stalls."""
+    """Returns when `url`/health answers; shows the seconds; exits with the log's tail if the server
+    stops or stalls."""
     start = shown = time.monotonic()
     while time.monotonic() - start < limit:
         if time.monotonic() - shown >= 5:
@@ -75,14 +77,24 @@ def resident_bytes(pid: int) -> int:
 
 @contextmanager
 def serving(model: Path, log: Path):
-    """Runs `dsv4 serve` on `model`; yields (URL, process, seconds from command to ready); stops it at the end."""
+    """Runs `dsv4 serve` on `model`; yields (URL, process, seconds from command to ready); stops it
+    at the end."""
     port = free_port()
-    command = [str(Path(sys.executable).with_name("dsv4")), "serve", str(model), "--cpu", "--port", str(port),
-               "--enable-cache-report"]
+    command = [
+        str(Path(sys.executable).with_name("dsv4")),
+        "serve",
+        str(model),
+        "--cpu",
+        "--port",
+        str(port),
+        "--enable-cache-report",
+    ]
     print("==", " ".join(command))
     start = time.monotonic()
     with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        server = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             url = f"http://127.0.0.1:{port}"
             wait_until_ready(server, url, log, limit=300)
@@ -110,8 +122,14 @@ class Answer:
 def ask(client: OpenAI, messages: list[dict[str, str]], tokens: int) -> Answer:
     """Streams the answer to `messages`, greedily, to the screen."""
     start = time.monotonic()
-    stream = client.chat.completions.create(model="default", messages=messages, max_tokens=tokens, temperature=0,
-                                            stream=True, stream_options={"include_usage": True})
+    stream = client.chat.completions.create(
+        model="default",
+        messages=messages,
+        max_tokens=tokens,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
     pieces, first, usage = [], None, None
     for event in stream:
         usage = event.usage or usage
@@ -123,36 +141,88 @@ def ask(client: OpenAI, messages: list[dict[str, str]], tokens: int) -> Answer:
     print()
     first = first or end
     cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
-    return Answer("".join(pieces), first - start, (usage.completion_tokens - 1) / max(end - first, 1e-9), usage.prompt_tokens, cached)
+    return Answer(
+        "".join(pieces),
+        first - start,
+        (usage.completion_tokens - 1) / max(end - first, 1e-9),
+        usage.prompt_tokens,
+        cached,
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=checkpoint_directory(), help="checkpoint directory (default: checkpoints/tiny)")
-    parser.add_argument("--characters", type=int, default=11_000, help="of text around the facts (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write start-up time, rates, memory and answers there")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=checkpoint_directory(),
+        help="checkpoint directory (default: checkpoints/tiny)",
+    )
+    parser.add_argument(
+        "--characters",
+        type=int,
+        default=11_000,
+        help="of text around the facts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write start-up time, rates, memory and answers there",
+    )
     arguments = parser.parse_args()
     text = story(held_out(arguments.model), arguments.characters)
     messages, answers, missed = [], [], []
-    with tempfile.TemporaryDirectory(prefix="dsv4-demo-") as scratch, \
-            serving(arguments.model, Path(scratch) / "server.log") as (url, server, seconds):
+    with (
+        tempfile.TemporaryDirectory(prefix="dsv4-demo-") as scratch,
+        serving(arguments.model, Path(scratch) / "server.log") as (url, server, seconds),
+    ):
         print(f"   ready {seconds:.1f} s after the command")
         client = OpenAI(base_url=f"{url}/v1", api_key="none")
         for name, thing in FACTS:
-            print(f"== {question(name)}" + ("" if messages else f" (after {len(text)} characters of text; its facts are {len(FACTS)} sentences in them)"))
-            messages.append({"role": "user", "content": question(name) if messages else f"{text}\n{question(name)}"})
+            print(
+                f"== {question(name)}"
+                + (
+                    ""
+                    if messages
+                    else (
+                        f" (after {len(text)} characters of text; its facts are {len(FACTS)}"
+                        " sentences in them)"
+                    )
+                )
+            )
+            messages.append(
+                {
+                    "role": "user",
+                    "content": question(name) if messages else f"{text}\n{question(name)}",
+                }
+            )
             answer = ask(client, messages, tokens=24)
             messages.append({"role": "assistant", "content": answer.text})
-            print(f"   first token after {answer.first_seconds:.1f} s, then {answer.tokens_per_second:.1f} tokens/s; "
-                  f"{answer.prompt_tokens} prompt tokens, {answer.cached_tokens} from the prefix cache")
+            print(
+                f"   first token after {answer.first_seconds:.1f} s, then"
+                f" {answer.tokens_per_second:.1f} tokens/s; {answer.prompt_tokens} prompt tokens,"
+                f" {answer.cached_tokens} from the prefix cache"
+            )
             answers.append(answer)
             if fact(name, thing) not in answer.text:
                 missed.append(fact(name, thing).strip(" ."))
         resident = resident_bytes(server.pid)
     if arguments.json:
-        arguments.json.write_text(json.dumps({
-            "ready_seconds": round(seconds, 1), "cores": os.cpu_count(), "resident_bytes": resident,
-            "answers": [asdict(answer) for answer in answers]}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps(
+                {
+                    "ready_seconds": round(seconds, 1),
+                    "cores": os.cpu_count(),
+                    "resident_bytes": resident,
+                    "answers": [asdict(answer) for answer in answers],
+                },
+                indent=1,
+            )
+            + "\n"
+        )
     if missed:
         sys.exit(f"FAILED: the answers do not say that {'; '.join(missed)}")
     if not answers[-1].cached_tokens:

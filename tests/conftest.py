@@ -1,4 +1,5 @@
-"""Fixtures that every test may use: the golden set and tiny checkpoints. Every test starts from the same random state."""
+"""Fixtures that every test may use: the golden set and tiny checkpoints. Every test starts from the
+same random state."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def _same_start():
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
-    """Model directory of the golden set; `golden.safetensors` beside the weights holds the answers."""
+    """Model directory of the golden set; `golden.safetensors` beside the weights holds the
+    answers."""
     return DATA / "golden"
 
 
@@ -48,7 +50,11 @@ def released_config(request) -> dict:
     """config.json of a released model."""
     import dsv4_plugin
 
-    return json.loads((Path(dsv4_plugin.__file__).parent / "bench" / "models" / f"{request.param}.json").read_text())
+    return json.loads(
+        (
+            Path(dsv4_plugin.__file__).parent / "bench" / "models" / f"{request.param}.json"
+        ).read_text()
+    )
 
 
 @pytest.fixture(scope="session")

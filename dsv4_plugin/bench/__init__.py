@@ -1,1 +1,2 @@
-"""Serving measurements and what is drawn from them: curves, costs, the hardware's limit, recipes."""
+"""Serving measurements and what is drawn from them: curves, costs, the hardware's limit,
+recipes."""

@@ -1,4 +1,5 @@
-"""Accuracy of a running server: scores by item, thresholds, and the difference of two servers with its standard error."""
+"""Accuracy of a running server: scores by item, thresholds, and the difference of two servers with
+its standard error."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ class EvalError(ValueError):
 
 @dataclass(frozen=True)
 class Score:
-    """Result of one task: the value of every item, 0 or 1, by an id that is the same on every server."""
+    """Result of one task: the value of every item, 0 or 1, by an id that is the same on every
+    server."""
 
     task: str
     metric: str
@@ -33,7 +35,14 @@ class Score:
         return _stderr(list(self.items.values()))
 
     def document(self) -> dict[str, Any]:
-        return {"task": self.task, "metric": self.metric, "score": self.mean, "stderr": self.stderr, "count": len(self.items), "items": dict(self.items)}
+        return {
+            "task": self.task,
+            "metric": self.metric,
+            "score": self.mean,
+            "stderr": self.stderr,
+            "count": len(self.items),
+            "items": dict(self.items),
+        }
 
 
 @dataclass(frozen=True)
@@ -57,11 +66,24 @@ class Difference:
 
 def difference(first: Score, second: Score) -> Difference:
     """Raises EvalError when the two answered different items."""
-    if (first.task, first.metric, first.items.keys()) != (second.task, second.metric, second.items.keys()):
-        raise EvalError(f"{first.task} ({first.metric}, {len(first.items)} items) and {second.task} ({second.metric}, {len(second.items)} items) are "
-                        "not the same questions; evaluate both with the same data and --limit")
+    if (first.task, first.metric, first.items.keys()) != (
+        second.task,
+        second.metric,
+        second.items.keys(),
+    ):
+        raise EvalError(
+            f"{first.task} ({first.metric}, {len(first.items)} items) and {second.task}"
+            f" ({second.metric}, {len(second.items)} items) are not the same questions; evaluate"
+            " both with the same data and --limit"
+        )
     apart = [first.items[item] - second.items[item] for item in first.items]
-    return Difference(first.task, statistics.fmean(apart), _stderr(apart), sum(each > 0 for each in apart), sum(each < 0 for each in apart))
+    return Difference(
+        first.task,
+        statistics.fmean(apart),
+        _stderr(apart),
+        sum(each > 0 for each in apart),
+        sum(each < 0 for each in apart),
+    )
 
 
 def _stderr(values: list[float]) -> float | None:
@@ -72,6 +94,8 @@ def read_scores(path: Path) -> list[Score]:
     """Scores of a file that `dsv4 eval --out` wrote. Raises EvalError for any other file."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        return [Score(entry["task"], entry["metric"], entry["items"]) for entry in document["scores"]]
+        return [
+            Score(entry["task"], entry["metric"], entry["items"]) for entry in document["scores"]
+        ]
     except (ValueError, KeyError, TypeError):
         raise EvalError(f"{path} is no result of dsv4 eval") from None

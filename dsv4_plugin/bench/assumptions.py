@@ -15,7 +15,8 @@ class AssumptionError(ValueError):
 
 
 def parse(text: str) -> Efficiency:
-    """From "bandwidth=0.6,launch_us=5": factors of a peak above 0 (2 asks for twice the peak), launch in microseconds.
+    """From "bandwidth=0.6,launch_us=5": factors of a peak above 0 (2 asks for twice the peak),
+    launch in microseconds.
 
     Raises AssumptionError naming the word.
     """
@@ -24,8 +25,14 @@ def parse(text: str) -> Efficiency:
         name, _, value = word.partition("=")
         if name not in (*FACTORS, "launch_us"):
             near = difflib.get_close_matches(name, [*FACTORS, "launch_us"], n=1)
-            raise AssumptionError(f"--what-if {word!r}: there is no {name!r}; "
-                                  + (f"did you mean {near[0]}?" if near else f"there are {', '.join(FACTORS)} and launch_us"))
+            raise AssumptionError(
+                f"--what-if {word!r}: there is no {name!r}; "
+                + (
+                    f"did you mean {near[0]}?"
+                    if near
+                    else f"there are {', '.join(FACTORS)} and launch_us"
+                )
+            )
         try:
             number = float(value)
         except ValueError:

@@ -1,4 +1,5 @@
-"""The largest rate of Poisson arrivals at which the 99th percentiles of TTFT and TPOT stay within bounds (MLPerf's server scenario)."""
+"""The largest rate of Poisson arrivals at which the 99th percentiles of TTFT and TPOT stay within
+bounds (MLPerf's server scenario)."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from .store import Store
 from .sweep import Bench
 
 TOLERANCE = 0.05
-"""Bisection ends when the smallest rate that failed is within this share of the largest that passed."""
+"""Bisection ends when the smallest rate that failed is within this share of the largest that
+passed."""
 _MOST = 16
-"""Trials at most: from a start that is wrong by 2^9 there remain six halvings, finer than the tolerance needs."""
+"""Trials at most: from a start that is wrong by 2^9 there remain six halvings, finer than the
+tolerance needs."""
 _ALONE = 0.5
 """Mean requests in flight below which a request is alone most of its time."""
 _ARRIVING = 0.1
@@ -43,8 +46,11 @@ class Bounds:
         return figures["p99_ttft_ms"] <= self.ttft_ms and figures["p99_tpot_ms"] <= self.tpot_ms
 
 
-def largest_rate(passes: Callable[[float], bool], start: float, tolerance: float = TOLERANCE, most: int = _MOST) -> float | None:
-    """The largest rate found to pass, by doubling or halving from `start` and then bisecting the logarithm of the rate.
+def largest_rate(
+    passes: Callable[[float], bool], start: float, tolerance: float = TOLERANCE, most: int = _MOST
+) -> float | None:
+    """The largest rate found to pass, by doubling or halving from `start` and then bisecting the
+    logarithm of the rate.
 
     None when none passed. Takes it that a rate above one that failed fails.
     """
@@ -60,11 +66,14 @@ def largest_rate(passes: Callable[[float], bool], start: float, tolerance: float
     return good or None
 
 
-def search(bench: Bench, bounds: Bounds, start: float, prompts: int, store: Store) -> dict[str, Any]:
-    """The result at the largest rate that keeps the bounds, with all trials. A rate tried before is not run again.
+def search(
+    bench: Bench, bounds: Bounds, start: float, prompts: int, store: Store
+) -> dict[str, Any]:
+    """The result at the largest rate that keeps the bounds, with all trials. A rate tried before is
+    not run again.
 
-    Trials of `prompts` requests do not depend on the bounds and serve every search in the store's directory. Raises
-    BenchError when no rate tried keeps the bounds, or when a trial cannot tell.
+    Trials of `prompts` requests do not depend on the bounds and serve every search in the store's
+    directory. Raises BenchError when no rate tried keeps the bounds, or when a trial cannot tell.
     """
     kept = f"poisson-{prompts}"
     trials: dict[float, dict[str, Any]] = {trial["rate"]: trial for trial in store.runs(kept)}
@@ -80,28 +89,52 @@ def search(bench: Bench, bounds: Bounds, start: float, prompts: int, store: Stor
 
     rate = largest_rate(passes, start)
     if rate is None:
-        raise BenchError(f"no rate down to {min(trials):.3g} requests/s keeps the 99th percentile of TTFT within {bounds.ttft_ms:g} ms "
-                         f"and of TPOT within {bounds.tpot_ms:g} ms")
-    result = bench.result(Load.poisson(rate, prompts), [trials[rate]], request_rate=rate, bounds=asdict(bounds),
-                          trials=_rows(trials.values(), bounds))
+        raise BenchError(
+            f"no rate down to {min(trials):.3g} requests/s keeps the 99th percentile of TTFT within"
+            f" {bounds.ttft_ms:g} ms and of TPOT within {bounds.tpot_ms:g} ms"
+        )
+    result = bench.result(
+        Load.poisson(rate, prompts),
+        [trials[rate]],
+        request_rate=rate,
+        bounds=asdict(bounds),
+        trials=_rows(trials.values(), bounds),
+    )
     if prompts < _CERTAIN:
-        result["warnings"].append(f"the 99th percentile of {prompts} requests is little more than the slowest one; "
-                                  f"give --prompts {_CERTAIN} or more")
+        result["warnings"].append(
+            f"the 99th percentile of {prompts} requests is little more than the slowest one; "
+            f"give --prompts {_CERTAIN} or more"
+        )
     store.finish(bounds.name(prompts), result)
     return result
 
 
 def _check_meaning(rate: float, prompts: int, figures: Mapping[str, Any], bounds: Bounds) -> None:
-    """Raises BenchError for a trial from which no other rate could be found: its requests never met, or met all at once."""
+    """Raises BenchError for a trial from which no other rate could be found: its requests never
+    met, or met all at once."""
     if bounds.keep(figures):
         if prompts / rate < _ARRIVING * figures["duration"]:
-            raise BenchError(f"at {rate:.3g} requests/s all {prompts} arrive in {prompts / rate:.2g} s of a run of {figures['duration']:.2g} s and the bounds "
-                             "are kept: a higher rate would be the same load. Give more --prompts, or tighter bounds")
+            raise BenchError(
+                f"at {rate:.3g} requests/s all {prompts} arrive in {prompts / rate:.2g} s of a run"
+                f" of {figures['duration']:.2g} s and the bounds are kept: a higher rate would be"
+                " the same load. Give more --prompts, or tighter bounds"
+            )
     elif figures["concurrency"] < _ALONE:
-        raise BenchError(f"no rate keeps the bounds: at {rate:.3g} requests/s requests hardly overlap, and the 99th percentile of TTFT is "
-                         f"{figures['p99_ttft_ms']:.4g} ms (bound {bounds.ttft_ms:g}) and of TPOT {figures['p99_tpot_ms']:.4g} ms (bound {bounds.tpot_ms:g})")
+        raise BenchError(
+            f"no rate keeps the bounds: at {rate:.3g} requests/s requests hardly overlap, and the"
+            f" 99th percentile of TTFT is {figures['p99_ttft_ms']:.4g} ms (bound"
+            f" {bounds.ttft_ms:g}) and of TPOT {figures['p99_tpot_ms']:.4g} ms (bound"
+            f" {bounds.tpot_ms:g})"
+        )
 
 
 def _rows(trials: Iterable[Mapping[str, Any]], bounds: Bounds) -> list[dict[str, Any]]:
-    return [{"rate": trial["rate"], "p99_ttft_ms": trial["figures"]["p99_ttft_ms"], "p99_tpot_ms": trial["figures"]["p99_tpot_ms"],
-             "keeps_bounds": bounds.keep(trial["figures"])} for trial in sorted(trials, key=lambda trial: trial["rate"])]
+    return [
+        {
+            "rate": trial["rate"],
+            "p99_ttft_ms": trial["figures"]["p99_ttft_ms"],
+            "p99_tpot_ms": trial["figures"]["p99_tpot_ms"],
+            "keeps_bounds": bounds.keep(trial["figures"]),
+        }
+        for trial in sorted(trials, key=lambda trial: trial["rate"])
+    ]

@@ -1,4 +1,5 @@
-"""Figures compared between curves: throughput at matched interactivity, gains, costs, and the article's own cells."""
+"""Figures compared between curves: throughput at matched interactivity, gains, costs, and the
+article's own cells."""
 
 from __future__ import annotations
 
@@ -11,20 +12,22 @@ from .cost import CostTable, dollars_per_million
 from .curves import Curve, PublishedTable
 
 AGREEMENT = 0.01
-"""Relative difference within which an interpolated cell is called equal to the article's: it prints integers, so its
-own rounding is up to half a token in 50, which is 1 %."""
+"""Relative difference within which an interpolated cell is called equal to the article's: it prints
+integers, so its own rounding is up to half a token in 50, which is 1 %."""
 
 
 @dataclass(frozen=True)
 class IsoTable:
-    """Throughput per GPU [level][curve] at matched interactivity; None where a frontier does not reach."""
+    """Throughput per GPU [level][curve] at matched interactivity; None where a frontier does not
+    reach."""
 
     levels: tuple[float, ...]
     curves: tuple[Curve, ...]
     cells: tuple[tuple[float | None, ...], ...]
 
     def gains(self) -> list[tuple[float, Curve, Curve, float]]:
-        """(level, first curve that reaches it, last one that does, ratio) for every level that two curves reach."""
+        """(level, first curve that reaches it, last one that does, ratio) for every level that two
+        curves reach."""
         found = []
         for level, row in zip(self.levels, self.cells):
             reached = [index for index, cell in enumerate(row) if cell is not None]
@@ -41,7 +44,8 @@ def iso_table(curves: Sequence[Curve], levels: Sequence[float]) -> IsoTable:
 
 
 def levels_within(curve: Curve, count: int = 6) -> list[float]:
-    """Round levels (1, 2 or 5 times a power of ten, then their multiples) inside a curve's range, for other workloads."""
+    """Round levels (1, 2 or 5 times a power of ten, then their multiples) inside a curve's range,
+    for other workloads."""
     low, high = float(curve.frontier.intvty[0]), float(curve.frontier.intvty[-1])
     if low == high:
         return [low]
@@ -54,7 +58,8 @@ def levels_within(curve: Curve, count: int = 6) -> list[float]:
 
 @dataclass(frozen=True)
 class Headline:
-    """The last curve's peak against the first curve's most interactive point, the way the article compares them."""
+    """The last curve's peak against the first curve's most interactive point, the way the article
+    compares them."""
 
     first: Curve
     last: Curve
@@ -69,8 +74,14 @@ def headline(curves: Sequence[Curve]) -> Headline | None:
         return None
     first, last = curves[0], curves[-1]
     start, end = first.most_interactive, last.peak
-    days = (date.fromisoformat(last.date) - date.fromisoformat(first.date)).days if _dated(first) and _dated(last) else None
-    return Headline(first, last, end.tput_per_gpu / start.tput_per_gpu, end.intvty / start.intvty, days)
+    days = (
+        (date.fromisoformat(last.date) - date.fromisoformat(first.date)).days
+        if _dated(first) and _dated(last)
+        else None
+    )
+    return Headline(
+        first, last, end.tput_per_gpu / start.tput_per_gpu, end.intvty / start.intvty, days
+    )
 
 
 def _dated(curve: Curve) -> bool:
@@ -83,7 +94,8 @@ def _dated(curve: Curve) -> bool:
 
 @dataclass(frozen=True)
 class CostRow:
-    """Dollars per million tokens of one point for one owner: all tokens, those read, those written."""
+    """Dollars per million tokens of one point for one owner: all tokens, those read, those
+    written."""
 
     curve: Curve
     concurrency: int
@@ -99,10 +111,21 @@ class CostRow:
 def cost_rows(curves: Sequence[Curve], costs: CostTable) -> list[CostRow]:
     """One row a point and owner; points of hardware that the table does not price are left out."""
     return [
-        CostRow(curve, point.concurrency, point.tput_per_gpu, point.intvty, owner, price,
-                dollars_per_million(price, point.tput_per_gpu), dollars_per_million(price, point.input_tput_per_gpu),
-                dollars_per_million(price, point.output_tput_per_gpu))
-        for curve in curves for point in curve.points for owner, price in costs.prices(curve.hardware).items()]
+        CostRow(
+            curve,
+            point.concurrency,
+            point.tput_per_gpu,
+            point.intvty,
+            owner,
+            price,
+            dollars_per_million(price, point.tput_per_gpu),
+            dollars_per_million(price, point.input_tput_per_gpu),
+            dollars_per_million(price, point.output_tput_per_gpu),
+        )
+        for curve in curves
+        for point in curve.points
+        for owner, price in costs.prices(curve.hardware).items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -120,7 +143,8 @@ class Disagreement:
 
 
 def disagreements(published: PublishedTable) -> list[Disagreement]:
-    """Cells of the article's table that interpolation through its printed points misses by more than AGREEMENT.
+    """Cells of the article's table that interpolation through its printed points misses by more
+    than AGREEMENT.
 
     A cell that only one side can reach is one too.
     """
@@ -131,5 +155,9 @@ def disagreements(published: PublishedTable) -> list[Disagreement]:
             if article is None and ours is None:
                 continue
             if article is None or ours is None or abs(ours / article - 1) > AGREEMENT:
-                found.append(Disagreement(curve.date, level, article if article is not None else math.nan, ours))
+                found.append(
+                    Disagreement(
+                        curve.date, level, article if article is not None else math.nan, ours
+                    )
+                )
     return found

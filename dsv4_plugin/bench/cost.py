@@ -24,21 +24,33 @@ class CostTable:
 
     @classmethod
     def load(cls, path: Path = SHIPPED) -> CostTable:
-        """Reads a cost table. Raises CostError naming the file, the entry and what is allowed there."""
+        """Reads a cost table. Raises CostError naming the file, the entry and what is allowed
+        there."""
         try:
             document = yaml.safe_load(path.read_text())
         except (OSError, yaml.YAMLError) as error:
             raise CostError(f"cost table {path}: {error}") from None
-        if not isinstance(document, dict) or not {"owners", "dollars_per_gpu_hour"} <= document.keys():
-            raise CostError(f"cost table {path}: needs the keys 'owners' and 'dollars_per_gpu_hour'; start from {SHIPPED}")
+        if (
+            not isinstance(document, dict)
+            or not {"owners", "dollars_per_gpu_hour"} <= document.keys()
+        ):
+            raise CostError(
+                f"cost table {path}: needs the keys 'owners' and 'dollars_per_gpu_hour'; start from"
+                f" {SHIPPED}"
+            )
         owners, prices = document["owners"], document["dollars_per_gpu_hour"]
         for hardware, by_owner in prices.items():
             for owner, price in by_owner.items():
                 if owner not in owners:
-                    raise CostError(f"cost table {path}: {hardware} has a price for {owner!r}, which is not in 'owners' "
-                                    f"({', '.join(owners)})")
+                    raise CostError(
+                        f"cost table {path}: {hardware} has a price for {owner!r}, which is not in"
+                        f" 'owners' ({', '.join(owners)})"
+                    )
                 if not isinstance(price, (int, float)) or isinstance(price, bool) or price <= 0:
-                    raise CostError(f"cost table {path}: {hardware}.{owner} is {price!r}; give dollars per GPU hour, above 0")
+                    raise CostError(
+                        f"cost table {path}: {hardware}.{owner} is {price!r}; give dollars per GPU"
+                        " hour, above 0"
+                    )
         return cls(str(document.get("source", path)), dict(owners), prices)
 
     def prices(self, hardware: str) -> dict[str, float]:

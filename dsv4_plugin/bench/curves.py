@@ -1,4 +1,5 @@
-"""Measured points and the dated curves they form: the published tables and result files in InferenceX's shape."""
+"""Measured points and the dated curves they form: the published tables and result files in
+InferenceX's shape."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class ResultError(ValueError):
 
 @dataclass(frozen=True)
 class Point:
-    """One measured run. Throughputs are tokens per second per GPU, `intvty` tokens per second per user."""
+    """One measured run. Throughputs are tokens per second per GPU, `intvty` tokens per second per
+    user."""
 
     concurrency: int
     tput_per_gpu: float
@@ -85,7 +87,8 @@ class PublishedTable:
     curves: tuple[Curve, ...]
     iso_levels: tuple[float, ...]
     iso_cells: dict[str, dict[float, float | None]]
-    """date -> tokens per second per user -> tokens per second per GPU, None where the article has no figure"""
+    """date -> tokens per second per user -> tokens per second per GPU, None where the article has
+    no figure"""
     iso_gains: dict[float, float]
     headline: dict[str, float]
     quoted: dict[str, Any] = field(default_factory=dict)
@@ -96,47 +99,79 @@ def load_published(path: Path = PUBLISHED / "mi355x-sglang-2026-05.yaml") -> Pub
     document = yaml.safe_load(path.read_text())
     isl, osl = document["isl"], document["osl"]
     curves = tuple(
-        Curve(label=f"{entry['date']} {entry['name']}", date=str(entry["date"]), precision=entry["precision"],
-              hardware=document["hardware"], gpus=document["gpus"], isl=isl, osl=osl, framework=document["framework"],
-              model=document["model"], published=True,
-              points=tuple(_published_point(dict(zip(document["columns"], row)), isl, osl, document["source"])
-                           for row in entry["points"]))
-        for entry in document["curves"])
+        Curve(
+            label=f"{entry['date']} {entry['name']}",
+            date=str(entry["date"]),
+            precision=entry["precision"],
+            hardware=document["hardware"],
+            gpus=document["gpus"],
+            isl=isl,
+            osl=osl,
+            framework=document["framework"],
+            model=document["model"],
+            published=True,
+            points=tuple(
+                _published_point(dict(zip(document["columns"], row)), isl, osl, document["source"])
+                for row in entry["points"]
+            ),
+        )
+        for entry in document["curves"]
+    )
     iso = document["iso_interactivity"]
     dates = [str(column) for column in iso["columns"][1:]]
     return PublishedTable(
-        source=document["source"], curves=curves,
+        source=document["source"],
+        curves=curves,
         iso_levels=tuple(row[0] for row in iso["rows"]),
-        iso_cells={date: {row[0]: row[1 + index] for row in iso["rows"]} for index, date in enumerate(dates)},
-        iso_gains=iso["gain_05_02_to_05_21"], headline=document["headline"], quoted=document["quoted"])
+        iso_cells={
+            date: {row[0]: row[1 + index] for row in iso["rows"]}
+            for index, date in enumerate(dates)
+        },
+        iso_gains=iso["gain_05_02_to_05_21"],
+        headline=document["headline"],
+        quoted=document["quoted"],
+    )
 
 
 def load_other_stacks() -> list[dict[str, Any]]:
     """Entries of published/other-stacks.yaml, each point a mapping by column name."""
     document = yaml.safe_load((PUBLISHED / "other-stacks.yaml").read_text())
-    return [{**entry, "points": [dict(zip(document["columns"], row)) for row in entry["points"]]}
-            for entry in document["entries"]]
+    return [
+        {**entry, "points": [dict(zip(document["columns"], row)) for row in entry["points"]]}
+        for entry in document["entries"]
+    ]
 
 
 def _published_point(row: dict[str, Any], isl: int, osl: int, source: str) -> Point:
     # The article prints the total alone; a closed loop reads isl and writes osl tokens per request.
     total = float(row["tput_per_gpu"])
-    return Point(row["concurrency"], total, float(row["intvty"]), total * isl / (isl + osl), total * osl / (isl + osl),
-                 float(row["tpot_ms"]), row["layout"], source)
+    return Point(
+        row["concurrency"],
+        total,
+        float(row["intvty"]),
+        total * isl / (isl + osl),
+        total * osl / (isl + osl),
+        float(row["tpot_ms"]),
+        row["layout"],
+        source,
+    )
 
 
 def load_results(paths: Iterable[Path]) -> tuple[list[Curve], list[Path]]:
     """Curves of result files, and the JSON files in given directories that hold no result.
 
-    A path is a JSON file (one result or a list), a JSON Lines file, or a directory searched for *.json and *.jsonl. Results
-    with the same label (or hardware, framework, precision, speculation and date), model, scenario and workload form one curve.
-    Raises ResultError naming the file and the field.
+    A path is a JSON file (one result or a list), a JSON Lines file, or a directory searched for
+    *.json and *.jsonl. Results with the same label (or hardware, framework, precision, speculation
+    and date), model, scenario and workload form one curve. Raises ResultError naming the file and
+    the field.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     passed_over: list[Path] = []
     for path in paths:
         if not path.exists():
-            raise ResultError(f"{path} does not exist; give result files or directories that hold them")
+            raise ResultError(
+                f"{path} does not exist; give result files or directories that hold them"
+            )
         files = sorted(path.rglob("*.json*")) if path.is_dir() else [path]
         for file in files:
             results = _read(file)
@@ -147,7 +182,10 @@ def load_results(paths: Iterable[Path]) -> tuple[list[Curve], list[Path]]:
                 _check(result, file)
                 groups.setdefault(_key(result), []).append({**result, "_file": str(file)})
     if not groups:
-        raise ResultError(f"no result found in {', '.join(map(str, paths))}; a result is a JSON object with {', '.join(_REQUIRED)}")
+        raise ResultError(
+            f"no result found in {', '.join(map(str, paths))}; a result is a JSON object with"
+            f" {', '.join(_REQUIRED)}"
+        )
     return [_curve(results) for results in groups.values()], passed_over
 
 
@@ -166,23 +204,34 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 def _check(result: dict[str, Any], file: Path) -> None:
     missing = [name for name in _REQUIRED if not isinstance(result.get(name), (int, float))]
-    if not any(isinstance(result.get(name), (int, float)) for name in ("median_intvty", "median_tpot")):
+    if not any(
+        isinstance(result.get(name), (int, float)) for name in ("median_intvty", "median_tpot")
+    ):
         missing.append("median_intvty")
     if missing:
-        raise ResultError(f"{file}: {', '.join(missing)} missing or not a number; results have InferenceX's shape (docs/report.md)")
+        raise ResultError(
+            f"{file}: {', '.join(missing)} missing or not a number; results have InferenceX's shape"
+            " (docs/report.md)"
+        )
     for name in ("tput_per_gpu", "median_intvty", "median_tpot"):
         if name in result and not result[name] > 0:
-            raise ResultError(f"{file}: {name} is {result[name]}; a run that produced nothing is no point of a curve")
+            raise ResultError(
+                f"{file}: {name} is {result[name]}; a run that produced nothing is no point of a"
+                " curve"
+            )
 
 
 def _key(result: dict[str, Any]) -> tuple[Any, ...]:
     configuration = result.get("label") or tuple(
-        str(result.get(name, "")) for name in ("date", "hw", "framework", "precision", "spec_decoding"))
+        str(result.get(name, ""))
+        for name in ("date", "hw", "framework", "precision", "spec_decoding")
+    )
     return configuration, result.get("model", ""), _scenario(result), result["isl"], result["osl"]
 
 
 def _scenario(result: dict[str, Any]) -> str:
-    """How requests arrived where it was no closed loop, which is what results without the field are."""
+    """How requests arrived where it was no closed loop, which is what results without the field
+    are."""
     scenario = str(result.get("scenario", ""))
     return "" if scenario == "closed loop" else scenario
 
@@ -197,10 +246,18 @@ def _curve(results: Sequence[dict[str, Any]]) -> Curve:
     hardware = str(first.get("hw", "unknown"))
     return Curve(
         label=" ".join(word for word in (label, _scenario(first)) if word),
-        points=tuple(sorted((_point(result) for result in results), key=lambda p: (p.layout, p.concurrency))),
-        hardware=hardware.split("-")[0].upper(), gpus=_gpus(first), isl=int(first["isl"]), osl=int(first["osl"]),
-        date=str(first.get("date", "")), framework=str(first.get("framework", "")),
-        precision=str(first.get("precision", "")), model=str(first.get("model", "")))
+        points=tuple(
+            sorted((_point(result) for result in results), key=lambda p: (p.layout, p.concurrency))
+        ),
+        hardware=hardware.split("-")[0].upper(),
+        gpus=_gpus(first),
+        isl=int(first["isl"]),
+        osl=int(first["osl"]),
+        date=str(first.get("date", "")),
+        framework=str(first.get("framework", "")),
+        precision=str(first.get("precision", "")),
+        model=str(first.get("model", "")),
+    )
 
 
 def _gpus(result: dict[str, Any]) -> int:
@@ -211,16 +268,25 @@ def _point(result: dict[str, Any]) -> Point:
     total, isl, osl = float(result["tput_per_gpu"]), result["isl"], result["osl"]
     intvty = float(result.get("median_intvty") or 1 / result["median_tpot"])
     return Point(
-        concurrency=int(result["conc"]), tput_per_gpu=total, intvty=intvty,
+        concurrency=int(result["conc"]),
+        tput_per_gpu=total,
+        intvty=intvty,
         input_tput_per_gpu=float(result.get("input_tput_per_gpu", total * isl / (isl + osl))),
         output_tput_per_gpu=float(result.get("output_tput_per_gpu", total * osl / (isl + osl))),
         tpot_ms=1000 * float(result["median_tpot"]) if "median_tpot" in result else 1000 / intvty,
-        layout=_layout(result), source=result["_file"], note=_note(result))
+        layout=_layout(result),
+        source=result["_file"],
+        note=_note(result),
+    )
 
 
 def _note(result: dict[str, Any]) -> str:
     spread = result.get("spread")
-    words = [f"{result['repeat']} runs within {100 * spread:.1f} %"] if isinstance(spread, (int, float)) and "repeat" in result else []
+    words = (
+        [f"{result['repeat']} runs within {100 * spread:.1f} %"]
+        if isinstance(spread, (int, float)) and "repeat" in result
+        else []
+    )
     if result.get("unstable"):
         words.append("UNSTABLE")
     return "; ".join([*words, *map(str, result.get("warnings") or ())])

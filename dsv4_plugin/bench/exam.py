@@ -1,4 +1,5 @@
-"""What the accuracy gate asks a model, as token ids, and what one engine answers: recall, loss on unseen text, drafts."""
+"""What the accuracy gate asks a model, as token ids, and what one engine answers: recall, loss on
+unseen text, drafts."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 CHUNK = 1024
 """Tokens of one prefill step."""
 BLOCK = 128
-"""Tokens whose mean loss is one item: neighbours depend on each other, so single tokens would understate the error."""
+"""Tokens whose mean loss is one item: neighbours depend on each other, so single tokens would
+understate the error."""
 WORST = 1000.0
 """Nats of a token whose probability is 0 or no number: a loss stays a number, and a bad one."""
 NORMAL = statistics.NormalDist().inv_cdf(0.975)
@@ -57,7 +59,8 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % score interval (E. B. Wilson, 1927), which stays within 0 and 1 and is sound for few trials."""
+        """Wilson's 95 % score interval (E. B. Wilson, 1927), which stays within 0 and 1 and is
+        sound for few trials."""
         n, p, z2 = self.count, self.value, NORMAL**2
         centre = (p + z2 / (2 * n)) / (1 + z2 / n)
         half = NORMAL / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
@@ -86,7 +89,10 @@ class Exam:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return max(*(len(asked.ids) for each in self.documents.values() for asked in each), *map(len, self.windows))
+        return max(
+            *(len(asked.ids) for each in self.documents.values() for asked in each),
+            *map(len, self.windows),
+        )
 
 
 @dataclass(frozen=True)
@@ -119,64 +125,98 @@ def make_exam(directory: Path, bos: int, amount: Amount, seed: int = 0) -> Exam:
 
     path = directory / "tokenizer.json"
     if not path.is_file():
-        raise EvalError(f"{path} does not exist; give the directory of a checkpoint with its tokenizer")
+        raise EvalError(
+            f"{path} does not exist; give the directory of a checkpoint with its tokenizer"
+        )
     tokenizer, text = Tokenizer.from_file(str(path)), held_out(directory)
 
     def encode(part: str) -> list[int]:
         return tokenizer.encode(part, add_special_tokens=False).ids
 
-    documents = {distance: tuple(_asked(document(text, lambda part: len(encode(part)), distance, facts, seed=f"{seed} {number}"), encode, bos)
-                                 for number in range(count)) for distance, count, facts in amount.recall}
+    documents = {
+        distance: tuple(
+            _asked(
+                document(
+                    text, lambda part: len(encode(part)), distance, facts, seed=f"{seed} {number}"
+                ),
+                encode,
+                bos,
+            )
+            for number in range(count)
+        )
+        for distance, count, facts in amount.recall
+    }
     encoding = tokenizer.encode(text, add_special_tokens=False)
     stride = len(encoding.ids) // amount.windows
     if stride < amount.window:
-        raise EvalError(f"{directory / 'held_out.txt'} has {len(encoding.ids)} tokens; {amount.windows} windows of {amount.window} need more")
-    spans = [slice(index * stride, index * stride + amount.window) for index in range(amount.windows)]
-    letters = [text[encoding.offsets[span][0][0]:encoding.offsets[span][-1][1]] for span in spans]
-    return Exam(documents, tuple((bos, *encoding.ids[span]) for span in spans),
-                sum(len(each.encode()) for each in letters) / (amount.windows * amount.window))
+        raise EvalError(
+            f"{directory / 'held_out.txt'} has {len(encoding.ids)} tokens; {amount.windows} windows"
+            f" of {amount.window} need more"
+        )
+    spans = [
+        slice(index * stride, index * stride + amount.window) for index in range(amount.windows)
+    ]
+    letters = [text[encoding.offsets[span][0][0] : encoding.offsets[span][-1][1]] for span in spans]
+    return Exam(
+        documents,
+        tuple((bos, *encoding.ids[span]) for span in spans),
+        sum(len(each.encode()) for each in letters) / (amount.windows * amount.window),
+    )
 
 
 def _asked(made, encode: Callable[[str], list[int]], bos: int) -> Asked:
-    """Cut before and after each thing, as a server cuts a prompt; no tokenizer of words joins across."""
+    """Cut before and after each thing, as a server cuts a prompt; no tokenizer of words joins
+    across."""
     ids, things, end = [bos], [], 0
     for trial in made.trials:
-        ids += encode(made.text[end:trial.start])
+        ids += encode(made.text[end : trial.start])
         end = trial.start + 1 + len(trial.thing)
-        thing = encode(made.text[trial.start:end])
+        thing = encode(made.text[trial.start : end])
         things.append((len(ids), tuple(thing)))
         ids += thing
     return Asked(ids, tuple(things))
 
 
 def measure(engine: Engine, exam: Exam) -> Measured:
-    """Puts `exam` to an engine whose model has all its parts, teacher-forced in chunks of CHUNK tokens."""
+    """Puts `exam` to an engine whose model has all its parts, teacher-forced in chunks of CHUNK
+    tokens."""
     import torch
     import torch.nn.functional as F
 
     recall, things = {}, {}
     for distance, documents in exam.documents.items():
         answers = [_recalled(engine, asked) for asked in documents]
-        recall[distance] = Share(sum(hits for hits, _ in answers), sum(len(asked.things) for asked in documents))
+        recall[distance] = Share(
+            sum(hits for hits, _ in answers), sum(len(asked.things) for asked in documents)
+        )
         things[distance] = torch.cat([predictions for _, predictions in answers])
     blocks, predictions, accepted, drafted = {}, [], 0, 0
     for number, window in enumerate(exam.windows):
         *ids, _ = window
         logits = engine.score(ids, _chunks(ids))
         predictions.append(logits.log_softmax(-1).cpu())
-        blocks |= _blocks(number, F.nll_loss(predictions[-1], torch.tensor(window[1:]), reduction="none"))
+        blocks |= _blocks(
+            number, F.nll_loss(predictions[-1], torch.tensor(window[1:]), reduction="none")
+        )
         if engine.model.mtp:
             # The last row of a draft was given no next token.
             same = engine.score_draft(ids, _chunks(ids)).argmax(-1)[:-1] == logits.argmax(-1)[1:]
             accepted, drafted = accepted + int(same.sum()), drafted + same.numel()
-    return Measured(recall, Score("unseen text", "nats per token", blocks), Share(accepted, drafted) if drafted else None,
-                    tuple(predictions), things)
+    return Measured(
+        recall,
+        Score("unseen text", "nats per token", blocks),
+        Share(accepted, drafted) if drafted else None,
+        tuple(predictions),
+        things,
+    )
 
 
 def divergence(measured: Measured, reference: Measured) -> Score:
-    """Kullback-Leibler divergence of `measured`'s predictions on unseen text from the reference's, by blocks.
+    """Kullback-Leibler divergence of `measured`'s predictions on unseen text from the reference's,
+    by blocks.
 
-    It is 0 for equal predictions and grows with any change, where the loss on one text may rise here and fall there.
+    It is 0 for equal predictions and grows with any change, where the loss on one text may rise
+    here and fall there.
     """
     blocks = {}
     for number, (q, p) in enumerate(zip(measured.predictions, reference.predictions)):
@@ -185,9 +225,14 @@ def divergence(measured: Measured, reference: Measured) -> Score:
 
 
 def divergence_of_things(measured: Measured, reference: Measured, distance: int) -> Score:
-    """The same where things are asked for at `distance`: it shows what is remembered less surely, though still right."""
+    """The same where things are asked for at `distance`: it shows what is remembered less surely,
+    though still right."""
     nats = _diverged(measured.things[distance], reference.things[distance]).nan_to_num(WORST, WORST)
-    return Score(f"things, {distance}", "nats from exact", {str(trial): value for trial, value in enumerate(nats.tolist())})
+    return Score(
+        f"things, {distance}",
+        "nats from exact",
+        {str(trial): value for trial, value in enumerate(nats.tolist())},
+    )
 
 
 def _diverged(q: Tensor, p: Tensor) -> Tensor:
@@ -202,10 +247,11 @@ def _blocks(window: int, nats: Tensor) -> dict[str, float]:
 
 
 def _recalled(engine: Engine, asked: Asked) -> tuple[int, Tensor]:
-    """(things of a document of which every token was the most likely one, log-probabilities of their first tokens)."""
+    """(things of a document of which every token was the most likely one, log-probabilities of
+    their first tokens)."""
     logits = engine.score(asked.ids, _chunks(asked.ids))
     best = logits.argmax(-1).tolist()
-    hits = sum(best[at - 1:at - 1 + len(thing)] == list(thing) for at, thing in asked.things)
+    hits = sum(best[at - 1 : at - 1 + len(thing)] == list(thing) for at, thing in asked.things)
     return hits, logits[[at - 1 for at, _ in asked.things]].log_softmax(-1).cpu()
 
 

@@ -1,4 +1,5 @@
-"""The accuracy gate: what a trained checkpoint computes in a setting, against margins and the exact references."""
+"""The accuracy gate: what a trained checkpoint computes in a setting, against margins and the exact
+references."""
 
 from __future__ import annotations
 
@@ -13,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 from .. import flags, installation
 from ..config import Geometry, Precision
 from .accuracy import Difference, EvalError, Score, difference
-from .exam import NORMAL, Amount, Exam, Measured, Share, divergence, divergence_of_things, make_exam, measure
+from .exam import (
+    NORMAL,
+    Amount,
+    Exam,
+    Measured,
+    Share,
+    divergence,
+    divergence_of_things,
+    make_exam,
+    measure,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +32,8 @@ if TYPE_CHECKING:
     from ..runtime import Engine
 
 TRAINED_LENGTH = 4096
-"""Tokens of the longest sequences that the shipped checkpoint learned from (examples/train_tiny)."""
+"""Tokens of the longest sequences that the shipped checkpoint learned from
+(examples/train_tiny)."""
 WINDOW = 128
 """Tokens of the sliding window: what was told nearer needs no compressed entry."""
 
@@ -35,14 +47,39 @@ class Margin:
 
 
 MARGINS = {
-    "recall": Margin(0.95, "learned to be always right at these distances: a miss in twenty is the share that training itself may leave"),
-    "recall beyond": Margin(0.80, "twice the length it was trained on: what generalises there may be less, a broken path is near 1 in 64"),
-    "loss": Margin(0.02, "nats per token above exact; roundings scatter both ways and nearly cancel, a wrong operator does not"),
-    "divergence": Margin(0.002, "nats per token from exact's predictions; a wrong operator moves them even where the text's loss stays"),
-    "divergence of things": Margin(0.05, "nats from exact's predictions of what was told; a thing that is still right, but less surely, shows here"),
-    "acceptance": Margin(0.05, "below exact; a draft costs speed, never a wrong token, but a broken MTP block accepts nearly nothing"),
+    "recall": Margin(
+        0.95,
+        "learned to be always right at these distances: a miss in twenty is the share that training"
+        " itself may leave",
+    ),
+    "recall beyond": Margin(
+        0.80,
+        "twice the length it was trained on: what generalises there may be less, a broken path is"
+        " near 1 in 64",
+    ),
+    "loss": Margin(
+        0.02,
+        "nats per token above exact; roundings scatter both ways and nearly cancel, a wrong"
+        " operator does not",
+    ),
+    "divergence": Margin(
+        0.002,
+        "nats per token from exact's predictions; a wrong operator moves them even where the text's"
+        " loss stays",
+    ),
+    "divergence of things": Margin(
+        0.05,
+        "nats from exact's predictions of what was told; a thing that is still right, but less"
+        " surely, shows here",
+    ),
+    "acceptance": Margin(
+        0.05,
+        "below exact; a draft costs speed, never a wrong token, but a broken MTP block accepts"
+        " nearly nothing",
+    ),
 }
-"""`recall` at distances that were trained, `recall beyond` at longer ones; the others are differences to exact."""
+"""`recall` at distances that were trained, `recall beyond` at longer ones; the others are
+differences to exact."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +110,9 @@ class Row:
     @property
     def passed(self) -> bool:
         """Whether it keeps its margin; what is no number does not."""
-        return (self.least is None or self.value >= self.least) and (self.most is None or self.value <= self.most)
+        return (self.least is None or self.value >= self.least) and (
+            self.most is None or self.value <= self.most
+        )
 
 
 @dataclass(frozen=True)
@@ -91,13 +130,24 @@ class Outcome:
     @property
     def kernels(self) -> str:
         """What ran beside the references."""
-        chosen = {name: [each for each in ran if each != flags.REFERENCE] for name, ran in self.ran.items()}
-        return ", ".join(f"{name} {'/'.join(each)}" for name, each in chosen.items() if each) or "references"
+        chosen = {
+            name: [each for each in ran if each != flags.REFERENCE]
+            for name, ran in self.ran.items()
+        }
+        return (
+            ", ".join(f"{name} {'/'.join(each)}" for name, each in chosen.items() if each)
+            or "references"
+        )
 
     def document(self) -> dict[str, Any]:
-        return {"setting": self.setting.name, "precision": self.setting.precision.value, "environment": dict(self.setting.environment),
-                "ran": {name: list(each) for name, each in self.ran.items()}, "passed": self.passed,
-                "rows": [asdict(row) | {"passed": row.passed} for row in self.rows]}
+        return {
+            "setting": self.setting.name,
+            "precision": self.setting.precision.value,
+            "environment": dict(self.setting.environment),
+            "ran": {name: list(each) for name, each in self.ran.items()},
+            "passed": self.passed,
+            "rows": [asdict(row) | {"passed": row.passed} for row in self.rows],
+        }
 
 
 def checkpoint_directory() -> Path:
@@ -107,7 +157,11 @@ def checkpoint_directory() -> Path:
 
 def _chooses(name: str) -> bool:
     """Whether a variable takes part in the choice of implementations."""
-    operators = {of(operator) for operator in flags.OPERATORS for of in (flags.operator_flag, flags.layers_flag)}
+    operators = {
+        of(operator)
+        for operator in flags.OPERATORS
+        for of in (flags.operator_flag, flags.layers_flag)
+    }
     return name in operators | {"DSV4_PROFILE", flags.ADOPTED} | set(flags.foreign_flags())
 
 
@@ -115,8 +169,11 @@ REFERENCES = {"DSV4_PROFILE": "safe"}
 """The environment of the references."""
 
 
-def chosen(environ: Mapping[str, str], profile: str | None = None, operators: Sequence[str] = ()) -> dict[str, str]:
-    """The variables of `environ` that choose implementations, with `profile` and `operators` ("sparse_mla=triton") on top.
+def chosen(
+    environ: Mapping[str, str], profile: str | None = None, operators: Sequence[str] = ()
+) -> dict[str, str]:
+    """The variables of `environ` that choose implementations, with `profile` and `operators`
+    ("sparse_mla=triton") on top.
 
     Raises FlagError for what flags do not take, EvalError for an operator that does not exist.
     """
@@ -126,29 +183,41 @@ def chosen(environ: Mapping[str, str], profile: str | None = None, operators: Se
     for word in operators:
         operator, equals, implementation = word.partition("=")
         if not equals:
-            raise EvalError(f"--operators {word}: write OPERATOR=IMPLEMENTATION, such as sparse_mla=triton")
+            raise EvalError(
+                f"--operators {word}: write OPERATOR=IMPLEMENTATION, such as sparse_mla=triton"
+            )
         if operator not in flags.OPERATORS:
             [near] = difflib.get_close_matches(operator, flags.OPERATORS, n=1, cutoff=0.0)
-            raise EvalError(f"--operators {word}: there is no operator {operator!r}; did you mean {near}?")
+            raise EvalError(
+                f"--operators {word}: there is no operator {operator!r}; did you mean {near}?"
+            )
         environment[flags.operator_flag(operator)] = implementation
     flags.check(environment)
     return environment
 
 
-def settings(precisions: Sequence[str | Precision], environment: Mapping[str, str], gpu: bool) -> list[Setting]:
-    """A setting for each of `precisions` under `environment`; none where it would be the exact references over again.
+def settings(
+    precisions: Sequence[str | Precision], environment: Mapping[str, str], gpu: bool
+) -> list[Setting]:
+    """A setting for each of `precisions` under `environment`; none where it would be the exact
+    references over again.
 
-    Those are always measured, as what all others are compared with. Without a GPU auto takes references.
+    Those are always measured, as what all others are compared with. Without a GPU auto takes
+    references.
     """
     asked = {flags.implementation(operator, environment).value for operator in flags.OPERATORS}
     plain = asked <= ({flags.REFERENCE} if gpu else {flags.REFERENCE, flags.AUTO})
-    return [Setting(Precision(each).value, Precision(each), environment) for each in precisions
-            if not (plain and Precision(each) is Precision.EXACT)]
+    return [
+        Setting(Precision(each).value, Precision(each), environment)
+        for each in precisions
+        if not (plain and Precision(each) is Precision.EXACT)
+    ]
 
 
 @contextlib.contextmanager
 def selected(environment: Mapping[str, str]) -> Iterator[None]:
-    """While it lasts, `environment` alone chooses implementations. Raises SelectionError for one that cannot run here."""
+    """While it lasts, `environment` alone chooses implementations. Raises SelectionError for one
+    that cannot run here."""
     from ..ops import operator as selection
 
     before = {name: value for name, value in os.environ.items() if _chooses(name)}
@@ -170,8 +239,11 @@ def _replace(old: Mapping[str, str], new: Mapping[str, str]) -> None:
     os.environ.update(new)
 
 
-def load_engine(directory: Path, precision: Precision, device: torch.device | str, max_tokens: int) -> Engine:
-    """An engine of one sequence on the checkpoint in `directory`. Raises CheckpointError or ConfigError."""
+def load_engine(
+    directory: Path, precision: Precision, device: torch.device | str, max_tokens: int
+) -> Engine:
+    """An engine of one sequence on the checkpoint in `directory`. Raises CheckpointError or
+    ConfigError."""
     from ..checkpoint.load import load_checkpoint
     from ..model import DeepseekV4
     from ..runtime import Engine
@@ -181,11 +253,18 @@ def load_engine(directory: Path, precision: Precision, device: torch.device | st
     return Engine(model, max_tokens=max_tokens, max_requests=1)
 
 
-def run_gate(directory: Path, wanted: Sequence[Setting], amount: Amount, device: torch.device,
-             progress: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
-    """The outcome of the exact references and then of every setting of `wanted`, judged against them.
+def run_gate(
+    directory: Path,
+    wanted: Sequence[Setting],
+    amount: Amount,
+    device: torch.device,
+    progress: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """The outcome of the exact references and then of every setting of `wanted`, judged against
+    them.
 
-    Raises what a wrong checkpoint, exam or choice of implementations raises, choices before anything is computed.
+    Raises what a wrong checkpoint, exam or choice of implementations raises, choices before
+    anything is computed.
     """
     for setting in wanted:
         with selected(setting.environment):
@@ -194,13 +273,19 @@ def run_gate(directory: Path, wanted: Sequence[Setting], amount: Amount, device:
     reference, outcomes = None, []
     for setting in (Setting("exact, references", Precision.EXACT, REFERENCES), *wanted):
         measured, ran = _measured(directory, setting, exam, device)
-        outcomes.append(Outcome(setting, ran, tuple(judge(setting.name, measured, reference, exam.bytes_per_token))))
+        outcomes.append(
+            Outcome(
+                setting, ran, tuple(judge(setting.name, measured, reference, exam.bytes_per_token))
+            )
+        )
         reference = reference or measured
         progress(outcomes[-1])
     return outcomes
 
 
-def _measured(directory: Path, setting: Setting, exam: Exam, device: torch.device) -> tuple[Measured, dict[str, list[str]]]:
+def _measured(
+    directory: Path, setting: Setting, exam: Exam, device: torch.device
+) -> tuple[Measured, dict[str, list[str]]]:
     from ..ops import operator as selection
 
     with selected(setting.environment):
@@ -212,31 +297,70 @@ def _measured(directory: Path, setting: Setting, exam: Exam, device: torch.devic
         return measured, ran
 
 
-def judge(setting: str, measured: Measured, reference: Measured | None, bytes_per_token: float = 1.0) -> Iterator[Row]:
-    """The rows of one setting against MARGINS; without a `reference`, which is the exact one, only recall has a margin."""
+def judge(
+    setting: str, measured: Measured, reference: Measured | None, bytes_per_token: float = 1.0
+) -> Iterator[Row]:
+    """The rows of one setting against MARGINS; without a `reference`, which is the exact one, only
+    recall has a margin."""
     for distance, share in measured.recall.items():
         margin = MARGINS["recall" if distance <= TRAINED_LENGTH else "recall beyond"]
         yield _share(setting, f"recall, {_spelled(distance)}", share, margin.limit, margin.why)
         if reference is not None and distance <= TRAINED_LENGTH:
             moved = divergence_of_things(measured, reference, distance)
-            yield _nats(setting, f"divergence of things, {_spelled(distance)}", moved, share.count, MARGINS["divergence of things"])
+            yield _nats(
+                setting,
+                f"divergence of things, {_spelled(distance)}",
+                moved,
+                share.count,
+                MARGINS["divergence of things"],
+            )
     tokens = measured.tokens
     yield _nats(setting, "loss, nats per token", measured.loss, tokens)
     yield _nats(setting, "loss, nats per byte", measured.loss, tokens, scale=1 / bytes_per_token)
     if reference is not None:
-        yield _nats(setting, "loss above exact", difference(measured.loss, reference.loss), tokens, MARGINS["loss"])
-        yield _nats(setting, "divergence from exact", divergence(measured, reference), tokens, MARGINS["divergence"])
+        yield _nats(
+            setting,
+            "loss above exact",
+            difference(measured.loss, reference.loss),
+            tokens,
+            MARGINS["loss"],
+        )
+        yield _nats(
+            setting,
+            "divergence from exact",
+            divergence(measured, reference),
+            tokens,
+            MARGINS["divergence"],
+        )
     if measured.acceptance is not None:
         least, margin = None, MARGINS["acceptance"]
         if reference is not None:
             least = reference.acceptance.value - margin.limit
-        yield _share(setting, "drafts accepted", measured.acceptance, least, margin.why if reference else "")
+        yield _share(
+            setting, "drafts accepted", measured.acceptance, least, margin.why if reference else ""
+        )
 
 
-def _nats(setting: str, measure: str, found: Score | Difference, tokens: int, margin: Margin | None = None, scale: float = 1.0) -> Row:
+def _nats(
+    setting: str,
+    measure: str,
+    found: Score | Difference,
+    tokens: int,
+    margin: Margin | None = None,
+    scale: float = 1.0,
+) -> Row:
     half = NORMAL * (found.stderr or 0.0)
     value, low, high = (scale * nats for nats in (found.mean, found.mean - half, found.mean + half))
-    return Row(setting, measure, value, low, high, tokens, most=margin.limit if margin else None, why=margin.why if margin else "")
+    return Row(
+        setting,
+        measure,
+        value,
+        low,
+        high,
+        tokens,
+        most=margin.limit if margin else None,
+        why=margin.why if margin else "",
+    )
 
 
 def _share(setting: str, measure: str, share: Share, least: float | None, why: str) -> Row:

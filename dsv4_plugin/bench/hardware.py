@@ -40,8 +40,20 @@ class Hardware:
             raise HardwareError(f"GPU {name!r} is not in {path}; it has {', '.join(table)}")
         known, figures = entry
         try:
-            return cls(known, figures["memory"] * 1e9, figures["bandwidth"] * 1e9, figures["scale_up"] * 1e9,
-                       {dtype: rate * 1e12 for dtype, rate in figures["tflops"].items() if rate is not None},
-                       figures["launch_us"] * 1e-6, figures["source"])
+            return cls(
+                known,
+                figures["memory"] * 1e9,
+                figures["bandwidth"] * 1e9,
+                figures["scale_up"] * 1e9,
+                {
+                    dtype: rate * 1e12
+                    for dtype, rate in figures["tflops"].items()
+                    if rate is not None
+                },
+                figures["launch_us"] * 1e-6,
+                figures["source"],
+            )
         except (KeyError, TypeError) as error:
-            raise HardwareError(f"hardware table {path}: {known} lacks or mistypes {error}") from None
+            raise HardwareError(
+                f"hardware table {path}: {known} lacks or mistypes {error}"
+            ) from None

@@ -1,4 +1,5 @@
-"""Sections of text and tables as GitHub Markdown and as one HTML page that needs nothing beside it."""
+"""Sections of text and tables as GitHub Markdown and as one HTML page that needs nothing beside
+it."""
 
 from __future__ import annotations
 
@@ -34,7 +35,12 @@ def markdown(sections: Sequence[Section]) -> str:
         for paragraph in section.paragraphs:
             lines += [paragraph, ""]
         for columns, rows in section.tables:
-            lines += _markdown_row(columns), _markdown_row(["---"] * len(columns)), *map(_markdown_row, rows), ""
+            lines += (
+                _markdown_row(columns),
+                _markdown_row(["---"] * len(columns)),
+                *map(_markdown_row, rows),
+                "",
+            )
     return "\n".join(lines)
 
 
@@ -55,18 +61,26 @@ th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px sol
 def page(sections: Sequence[Section], picture: str) -> str:
     """One HTML page with the figure inside it; `picture` is SVG text."""
     escape = html.escape
-    parts = ["<!doctype html>", '<html lang="en"><head><meta charset="utf-8">',
-             '<meta name="viewport" content="width=device-width">',
-             f"<title>{escape(sections[0].heading)}</title><style>{_STYLE}</style></head><body>"]
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width">',
+        f"<title>{escape(sections[0].heading)}</title><style>{_STYLE}</style></head><body>",
+    ]
     for index, section in enumerate(sections):
         level = "h1" if index == 0 else "h2"
         parts.append(f"<{level}>{escape(section.heading)}</{level}>")
         if section.figure:
-            parts.append(picture[picture.index("<svg"):])
+            parts.append(picture[picture.index("<svg") :])
         parts += [f"<p>{escape(paragraph)}</p>" for paragraph in section.paragraphs]
         for columns, rows in section.tables:
             head = "".join(f"<th>{escape(cell)}</th>" for cell in columns)
-            body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-            parts.append(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+            body = "".join(
+                "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+                for row in rows
+            )
+            parts.append(
+                f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            )
     parts.append("</body></html>")
     return "\n".join(parts) + "\n"

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 class Frontier:
     """Points of which none is beaten in both interactivity and throughput, by rising interactivity.
 
-    `intvty` [n] tokens per second per user, strictly rising; `tput` [n] tokens per second per GPU, strictly falling.
+    `intvty` [n] tokens per second per user, strictly rising; `tput` [n] tokens per second per GPU,
+    strictly falling.
     """
 
     intvty: NDArray[np.float64]
@@ -32,7 +33,8 @@ class Frontier:
         return cls(x, y)
 
     def at(self, intvty: float) -> float | None:
-        """Throughput per GPU at an interactivity, None where the frontier does not reach: nothing is extrapolated."""
+        """Throughput per GPU at an interactivity, None where the frontier does not reach: nothing
+        is extrapolated."""
         if not self.intvty[0] <= intvty <= self.intvty[-1]:
             return None
         if len(self.intvty) == 1:
@@ -51,13 +53,17 @@ class Frontier:
         return x, monotone_cubic(self.intvty, self.tput, x)
 
 
-def monotone_cubic(x: NDArray[np.float64], y: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Cubic Hermite interpolation through (x, y) that never overshoots a knot, after M. Steffen (1990).
+def monotone_cubic(
+    x: NDArray[np.float64], y: NDArray[np.float64], at: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Cubic Hermite interpolation through (x, y) that never overshoots a knot, after M. Steffen
+    (1990).
 
-    `x` [n >= 2] strictly rising, `y` [n], `at` [m] within x; returns [m]. Inside, the slope at a knot is that of the parabola
-    through it and its neighbours, limited to twice the smaller secant; an end knot takes the slope that lets the curve's
-    second derivative vanish there, (3 secant - neighbour's slope) / 2. SciPy has no such interpolator: its monotone
-    PCHIP weighs the secants harmonically and differs by several per cent on these curves.
+    `x` [n >= 2] strictly rising, `y` [n], `at` [m] within x; returns [m]. Inside, the slope at a
+    knot is that of the parabola through it and its neighbours, limited to twice the smaller secant;
+    an end knot takes the slope that lets the curve's second derivative vanish there, (3 secant -
+    neighbour's slope) / 2. SciPy has no such interpolator: its monotone PCHIP weighs the secants
+    harmonically and differs by several per cent on these curves.
     """
     from scipy.interpolate import CubicHermiteSpline
 

@@ -1,8 +1,10 @@
-"""Facts to remember: the sentences that the trained tiny checkpoint learned from, and that any server can be asked.
+"""Facts to remember: the sentences that the trained tiny checkpoint learned from, and that any
+server can be asked.
 
-A fact is one sentence, " Alma likes chess."; a cue is all of it but the thing. Text in between is filler. A document tells
-facts, lets a wanted distance of filler pass, and asks for them by their cues, one after another: every trial reads the
-right things of those before it, so one document gives many trials at nearly one distance.
+A fact is one sentence, " Alma likes chess."; a cue is all of it but the thing. Text in between is
+filler. A document tells facts, lets a wanted distance of filler pass, and asks for them by their
+cues, one after another: every trial reads the right things of those before it, so one document
+gives many trials at nearly one distance.
 """
 
 from __future__ import annotations
@@ -17,17 +19,22 @@ from pathlib import Path
 from .accuracy import EvalError, Score
 from .needle import Answer
 
-NAMES = tuple("""Alma Bert Carl Dora Emil Faye Gwen Hugo Iris Jack Kate Lena Milo Nina Otto Pete Rosa Stan Tess Ulla Vera
+NAMES = tuple(
+    """Alma Bert Carl Dora Emil Faye Gwen Hugo Iris Jack Kate Lena Milo Nina Otto Pete Rosa Stan Tess Ulla Vera
 Walt Xena Yuri Zoe Andy Beth Cleo Dave Elsa Fred Gina Hank Inga Jill Kurt Lily Marc Nell Olaf Pam Rick Sven Tara Hilda Vito
-Wendy Yara Zack Abby Ben Cora Dirk Emma Finn Greta Hans Ivan Jane Kim Lars Maya Nick Olga""".split())
-THINGS = tuple("""tea chess jazz opera tennis cheese pizza coffee poker golf yoga rugby soup rice pasta lemons apples cherries
+Wendy Yara Zack Abby Ben Cora Dirk Emma Finn Greta Hans Ivan Jane Kim Lars Maya Nick Olga""".split()
+)
+THINGS = tuple(
+    """tea chess jazz opera tennis cheese pizza coffee poker golf yoga rugby soup rice pasta lemons apples cherries
 tulips roses trains planes boats cars kites comics puzzles poems novels ballet tango waltz drums guitars violins pianos flutes
 cats dogs foxes owls wolves bears tigers pandas ducks swans bees ants whales seals robots rockets stars comets clouds rain snow
-storms rivers lakes hills caves castles""".split())
+storms rivers lakes hills caves castles""".split()
+)
 FACTS, DISTRACTORS = 24, 16
 """Facts of a document that are asked for, and facts about others between telling and asking."""
 _LARGEST_GAP = 6
-"""Tokens of filler between two facts, at most: without any, all would lie alike in the windows of 4 and 128 tokens."""
+"""Tokens of filler between two facts, at most: without any, all would lie alike in the windows of 4
+and 128 tokens."""
 _SHORTEST_TEXT = 2000
 _PROBE = 2000
 """Characters of the prompt that tells how many tokens a character has."""
@@ -78,22 +85,26 @@ class Document:
 
     def prompt(self, trial: Trial) -> str:
         """The text up to the thing, with the right things of all trials before."""
-        return self.text[:trial.start]
+        return self.text[: trial.start]
 
     def chat(self, trial: Trial) -> str:
-        """What a user says to ask for the thing in a chat: the text up to the cue, and the question."""
-        return f"{self.text[:trial.start - len(cue(trial.name))]}\n{question(trial.name)}"
+        """What a user says to ask for the thing in a chat: the text up to the cue, and the
+        question."""
+        return f"{self.text[: trial.start - len(cue(trial.name))]}\n{question(trial.name)}"
 
 
 class Filler:
-    """Running text in pieces of whole words, from a place that `draw` chooses, over and over; `tokens` counts a text's tokens.
+    """Running text in pieces of whole words, from a place that `draw` chooses, over and over;
+    `tokens` counts a text's tokens.
 
     Words are counted one by one, so a count is right for tokenizers that never join two words.
     """
 
     def __init__(self, text: str, tokens: Callable[[str], float], draw: random.Random):
         if len(text) < _SHORTEST_TEXT:
-            raise EvalError(f"the text between facts has {len(text)} characters; it needs {_SHORTEST_TEXT}")
+            raise EvalError(
+                f"the text between facts has {len(text)} characters; it needs {_SHORTEST_TEXT}"
+            )
         self._tokens, self._known = tokens, {}
         # Every piece begins with its space, as a fact does.
         words = re.findall(r"\s+\S+", f" {text}")
@@ -116,29 +127,43 @@ class Filler:
         return self._known[word]
 
 
-def document(text: str, tokens: Callable[[str], float], distance: int, facts: int = FACTS, distractors: int = DISTRACTORS,
-             seed: int | str = 0) -> Document:
+def document(
+    text: str,
+    tokens: Callable[[str], float],
+    distance: int,
+    facts: int = FACTS,
+    distractors: int = DISTRACTORS,
+    seed: int | str = 0,
+) -> Document:
     """A document with `facts` trials at about `distance` tokens from where their thing was told.
 
-    The filler comes from `text`; `tokens` counts the tokens of a text. Names and things depend on `seed`, `facts` and
-    `distractors` alone, none comes twice, and cues come in another order than the facts. Facts are told and asked in groups
-    that span at most half of `distance`, so a trial is never farther than one and a half times that. Raises EvalError for a
-    distance that has no room for a fact, for more facts than names, and for a text that is too short.
+    The filler comes from `text`; `tokens` counts the tokens of a text. Names and things depend on
+    `seed`, `facts` and `distractors` alone, none comes twice, and cues come in another order than
+    the facts. Facts are told and asked in groups that span at most half of `distance`, so a trial
+    is never farther than one and a half times that. Raises EvalError for a distance that has no
+    room for a fact, for more facts than names, and for a text that is too short.
     """
     if not 1 <= facts or not 0 <= distractors or facts + distractors > len(NAMES):
-        raise EvalError(f"{facts} facts and {distractors} distractors; there must be a fact, and at most {len(NAMES)} in all")
+        raise EvalError(
+            f"{facts} facts and {distractors} distractors; there must be a fact, and at most"
+            f" {len(NAMES)} in all"
+        )
     draw = random.Random(f"{seed} {facts} {distractors}")
-    pairs = list(zip(draw.sample(NAMES, facts + distractors), draw.sample(THINGS, facts + distractors)))
+    pairs = list(
+        zip(draw.sample(NAMES, facts + distractors), draw.sample(THINGS, facts + distractors))
+    )
     asked, others = pairs[:facts], pairs[facts:]
     order = random.Random(f"order {seed}")
     filler = Filler(text, tokens, random.Random(f"filler {seed} {distance}"))
     size = max(tokens(fact(*pair)) for pair in pairs)
     group = int(distance // (2 * size + _LARGEST_GAP))
     if group < 1:
-        raise EvalError(f"a distance of {distance} tokens has no room for a fact, which takes {size:g}")
+        raise EvalError(
+            f"a distance of {distance} tokens has no room for a fact, which takes {size:g}"
+        )
     writer = _Writer(tokens)
     writer.add(filler.take(_LARGEST_GAP))
-    groups = [asked[start:start + group] for start in range(0, facts, group)]
+    groups = [asked[start : start + group] for start in range(0, facts, group)]
     for index, members in enumerate(groups):
         begin = writer.tokens
         for pair in members:
@@ -147,7 +172,7 @@ def document(text: str, tokens: Callable[[str], float], distance: int, facts: in
         # On average a cue comes half of the facts and half of the cues after its fact.
         span = (writer.tokens - begin + sum(tokens(fact(*pair)) for pair in members)) / 2
         room = distance - span > 2 * size * distractors
-        writer.fill(filler, distance - span, others[index::len(groups)] if room else [])
+        writer.fill(filler, distance - span, others[index :: len(groups)] if room else [])
         for pair in order.sample(members, len(members)):
             writer.ask(*pair)
     return Document(writer.text, tuple(writer.trials))
@@ -187,10 +212,14 @@ class _Writer:
 
 
 def held_out(directory: Path) -> str:
-    """The text of `directory`/held_out.txt, which no training saw. Raises EvalError when there is none."""
+    """The text of `directory`/held_out.txt, which no training saw. Raises EvalError when there is
+    none."""
     path = directory / "held_out.txt"
     if not path.is_file():
-        raise EvalError(f"{path} does not exist; a checkpoint that dsv4 eval can use has a held_out.txt with text it was not trained on")
+        raise EvalError(
+            f"{path} does not exist; a checkpoint that dsv4 eval can use has a held_out.txt with"
+            " text it was not trained on"
+        )
     return path.read_text(encoding="utf-8")
 
 
@@ -199,13 +228,22 @@ def said(text: str) -> str | None:
     return next((word for word in re.findall(r"[a-z]+", text.lower()) if word in THINGS), None)
 
 
-def evaluate(ask: Callable[[str], Answer], distances: Sequence[int], text: str, each: int = FACTS, seed: int = 0, chat: bool = False,
-             progress: Callable[[Trial, Answer, bool], None] = lambda trial, answer, right: None) -> list[Score]:
-    """A Score for each of `distances`, in tokens of the server: whether the first thing it names is the right one.
+def evaluate(
+    ask: Callable[[str], Answer],
+    distances: Sequence[int],
+    text: str,
+    each: int = FACTS,
+    seed: int = 0,
+    chat: bool = False,
+    progress: Callable[[Trial, Answer, bool], None] = lambda trial, answer, right: None,
+) -> list[Score]:
+    """A Score for each of `distances`, in tokens of the server: whether the first thing it names is
+    the right one.
 
-    `ask` sends a prompt and returns the answer. The items are those of the seed, the same on every server; the filler between
-    comes from `text`, and as much of it as the server's tokens are long: a first prompt tells how many a character has. With
-    `chat` a user asks a question in place of the cue. Raises EvalError like `document`.
+    `ask` sends a prompt and returns the answer. The items are those of the seed, the same on every
+    server; the filler between comes from `text`, and as much of it as the server's tokens are long:
+    a first prompt tells how many a character has. With `chat` a user asks a question in place of
+    the cue. Raises EvalError like `document`.
     """
     scores = []
     rate = ask(text[:_PROBE]).prompt_tokens / len(text[:_PROBE])
@@ -217,12 +255,27 @@ def evaluate(ask: Callable[[str], Answer], distances: Sequence[int], text: str, 
             right = said(answer.text) == trial.thing
             items[f"{trial.name} {trial.thing}"] = float(right)
             progress(trial, answer, right)
-        scores.append(Score(f"recall {distance}", f"first thing named, {each} facts, seed {seed}{', chat' * chat}", items))
+        scores.append(
+            Score(
+                f"recall {distance}",
+                f"first thing named, {each} facts, seed {seed}{', chat' * chat}",
+                items,
+            )
+        )
     return scores
 
 
-def _fitted(ask: Callable[[str], Answer], text: str, distance: int, each: int, seed: str, chat: bool, rate: float) -> tuple[Document, float]:
-    """A document at `rate` tokens a character, made once more when the server counts others in it, and the rate it has."""
+def _fitted(
+    ask: Callable[[str], Answer],
+    text: str,
+    distance: int,
+    each: int,
+    seed: str,
+    chat: bool,
+    rate: float,
+) -> tuple[Document, float]:
+    """A document at `rate` tokens a character, made once more when the server counts others in it,
+    and the rate it has."""
     for _ in range(2):
         made = document(text, lambda part: rate * len(part), distance, each, DISTRACTORS, seed)
         first = made.trials[0]

@@ -1,4 +1,5 @@
-"""Launch recipes: what a file of recipes/ may say, and the shell command it means (docs/recipes.md)."""
+"""Launch recipes: what a file of recipes/ may say, and the shell command it means
+(docs/recipes.md)."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to launch a recipe: alternatives of one another, or, with roles, the parts of one disaggregated server."""
+    """One way to launch a recipe: alternatives of one another, or, with roles, the parts of one
+    disaggregated server."""
 
     name: str
     role: str
@@ -35,7 +37,8 @@ class Arm:
     environment: Mapping[str, str]
     arguments: Mapping[str, Any]
     not_served: str = ""
-    """Why this version of the plugin refuses to start it; `dsv4 recipe check` verifies that it does, and only then."""
+    """Why this version of the plugin refuses to start it; `dsv4 recipe check` verifies that it
+    does, and only then."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Original:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One file of recipes/. Environment and arguments of an arm already include the recipe's common ones."""
+    """One file of recipes/. Environment and arguments of an arm already include the recipe's common
+    ones."""
 
     name: str
     title: str
@@ -73,7 +77,8 @@ class Recipe:
 
     @property
     def not_served(self) -> str:
-        """What of it this version refuses to start: "" for nothing, a reason alone when no arm starts, otherwise by arm."""
+        """What of it this version refuses to start: "" for nothing, a reason alone when no arm
+        starts, otherwise by arm."""
         marked = [arm for arm in self.arms if arm.not_served]
         if len(marked) == len([arm for arm in self.arms if arm.role != "router"]):
             return "; ".join(dict.fromkeys(arm.not_served for arm in marked))
@@ -87,13 +92,18 @@ class Recipe:
         for arm in self.arms:
             if arm.name == name:
                 return arm
-        raise RecipeError(f"recipe {self.name} has the arms {', '.join(names)}; "
-                          + ("give one with --arm" if name is None else f"{name!r} is none of them"))
+        raise RecipeError(
+            f"recipe {self.name} has the arms {', '.join(names)}; "
+            + ("give one with --arm" if name is None else f"{name!r} is none of them")
+        )
 
 
 def list_recipes(directory: Path | None = None) -> list[Recipe]:
     """All recipes by name. Raises RecipeError for the first wrong one."""
-    return [read_recipe(path) for path in sorted((directory or installation.directory("recipes")).glob("*.yaml"))]
+    return [
+        read_recipe(path)
+        for path in sorted((directory or installation.directory("recipes")).glob("*.yaml"))
+    ]
 
 
 def find_recipe(name: str, directory: Path | None = None) -> Recipe:
@@ -104,7 +114,10 @@ def find_recipe(name: str, directory: Path | None = None) -> Recipe:
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
         near = difflib.get_close_matches(name, known, n=1)
-        raise RecipeError(f"no recipe {name!r} in {path.parent}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"))
+        raise RecipeError(
+            f"no recipe {name!r} in {path.parent}; "
+            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
+        )
     return read_recipe(path)
 
 
@@ -129,8 +142,13 @@ class _Reader:
     def fail(self, where: str, what: str) -> RecipeError:
         return RecipeError(f"recipe {self.path}: {where} {what}")
 
-    def fields(self, mapping: Any, where: str, required: Mapping[str, type | tuple[type, ...]],
-               optional: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    def fields(
+        self,
+        mapping: Any,
+        where: str,
+        required: Mapping[str, type | tuple[type, ...]],
+        optional: Mapping[str, type | tuple[type, ...]],
+    ) -> dict[str, Any]:
         if not isinstance(mapping, dict):
             raise self.fail(where, f"is {mapping!r}; it must be a mapping")
         known = {**required, **optional}
@@ -140,24 +158,62 @@ class _Reader:
                 raise self.fail(where, f"has no field {name!r}; did you mean {near[0]}?")
             if not isinstance(value, known[name]) or isinstance(value, bool):
                 kinds = known[name] if isinstance(known[name], tuple) else (known[name],)
-                raise self.fail(where, f"{name} is {value!r}; it must be {' or '.join(_KINDS[kind] for kind in kinds)}")
+                raise self.fail(
+                    where,
+                    f"{name} is {value!r}; it must be"
+                    f" {' or '.join(_KINDS[kind] for kind in kinds)}",
+                )
         missing = [name for name in required if name not in mapping]
         if missing:
             raise self.fail(where, f"lacks {', '.join(missing)}")
         return mapping
 
     def recipe(self) -> Recipe:
-        d = self.fields(self.document, "the recipe", {
-            "title": str, "model": str, "gpu": str, "gpus": int, "host": str, "image": str, "arms": dict, "workload": dict,
-            "accuracy": (dict, str), "published": (dict, str), "measured": (dict, str)},
-            {"environment": dict, "arguments": dict, "serve": list, "original": dict, "notes": list})
+        d = self.fields(
+            self.document,
+            "the recipe",
+            {
+                "title": str,
+                "model": str,
+                "gpu": str,
+                "gpus": int,
+                "host": str,
+                "image": str,
+                "arms": dict,
+                "workload": dict,
+                "accuracy": (dict, str),
+                "published": (dict, str),
+                "measured": (dict, str),
+            },
+            {
+                "environment": dict,
+                "arguments": dict,
+                "serve": list,
+                "original": dict,
+                "notes": list,
+            },
+        )
         published, note = self.published(d["published"])
         return Recipe(
-            name=self.path.stem, title=d["title"], model=d["model"], gpu=d["gpu"], gpus=d["gpus"], host=d["host"], image=d["image"],
+            name=self.path.stem,
+            title=d["title"],
+            model=d["model"],
+            gpu=d["gpu"],
+            gpus=d["gpus"],
+            host=d["host"],
+            image=d["image"],
             arms=self.arms(d["arms"], d.get("environment", {}), d.get("arguments", {}), "arms"),
-            workload=self.fields(d["workload"], "workload", {"isl": int, "osl": int}, {"range_ratio": (float, int)}),
-            accuracy=self.accuracy(d["accuracy"]), published=published, published_note=note, measured=self.measured(d["measured"]),
-            serve=tuple(map(str, d.get("serve", ()))), original=self.original(d.get("original")), notes=tuple(d.get("notes", ())))
+            workload=self.fields(
+                d["workload"], "workload", {"isl": int, "osl": int}, {"range_ratio": (float, int)}
+            ),
+            accuracy=self.accuracy(d["accuracy"]),
+            published=published,
+            published_note=note,
+            measured=self.measured(d["measured"]),
+            serve=tuple(map(str, d.get("serve", ()))),
+            original=self.original(d.get("original")),
+            notes=tuple(d.get("notes", ())),
+        )
 
     def arms(self, arms: dict, environment: Any, arguments: Any, where: str) -> tuple[Arm, ...]:
         common_environment = self.environment(environment, "environment")
@@ -167,16 +223,33 @@ class _Reader:
         made = []
         for name, arm in arms.items():
             place = f"{where}.{name}"
-            self.fields(arm, place, {"concurrency": list}, {"environment": dict, "arguments": dict, "role": str, "not_served": str})
+            self.fields(
+                arm,
+                place,
+                {"concurrency": list},
+                {"environment": dict, "arguments": dict, "role": str, "not_served": str},
+            )
             role = arm.get("role", "server")
             if role not in ROLES:
                 raise self.fail(place, f"role is {role!r}; it must be {', '.join(ROLES)}")
             if not all(type(count) is int and count > 0 for count in arm["concurrency"]):
-                raise self.fail(place, f"concurrency is {arm['concurrency']}; it must be counts above 0")
+                raise self.fail(
+                    place, f"concurrency is {arm['concurrency']}; it must be counts above 0"
+                )
             own = self.arguments(arm.get("arguments", {}), place)
-            made.append(Arm(name, role, tuple(arm["concurrency"]),
-                            {**({} if role == "router" else common_environment), **self.environment(arm.get("environment", {}), place)},
-                            {**({} if role == "router" else common_arguments), **own}, arm.get("not_served", "")))
+            made.append(
+                Arm(
+                    name,
+                    role,
+                    tuple(arm["concurrency"]),
+                    {
+                        **({} if role == "router" else common_environment),
+                        **self.environment(arm.get("environment", {}), place),
+                    },
+                    {**({} if role == "router" else common_arguments), **own},
+                    arm.get("not_served", ""),
+                )
+            )
         return tuple(made)
 
     def environment(self, mapping: Any, where: str) -> dict[str, str]:
@@ -184,7 +257,9 @@ class _Reader:
             raise self.fail(where, f"is {mapping!r}; it must map names to values")
         for name, value in mapping.items():
             if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-                raise self.fail(where, f"{name} is {value!r}; quote the text that the variable must hold")
+                raise self.fail(
+                    where, f"{name} is {value!r}; quote the text that the variable must hold"
+                )
         return {str(name): str(value) for name, value in mapping.items()}
 
     def arguments(self, mapping: Any, where: str) -> dict[str, Any]:
@@ -194,56 +269,108 @@ class _Reader:
             if str(name).startswith("-"):
                 raise self.fail(where, f"{name}: write the option without its dashes")
             if value is None or value is False:
-                raise self.fail(where, f"{name} is {value!r}; give its value, true for an option without one, or leave it out")
+                raise self.fail(
+                    where,
+                    f"{name} is {value!r}; give its value, true for an option without one, or leave"
+                    " it out",
+                )
             if not isinstance(value, (str, int, float, list)):
-                raise self.fail(where, f"{name} is {value!r}; an option takes text, a number, true or a list")
+                raise self.fail(
+                    where, f"{name} is {value!r}; an option takes text, a number, true or a list"
+                )
         return mapping
 
     def published(self, said: dict | str) -> tuple[tuple[Point, ...], str]:
         if isinstance(said, str):
             return (), said
-        self.fields(said, "published", {}, {"curve": str, "layouts": list, "points": list, "source": str})
+        self.fields(
+            said, "published", {}, {"curve": str, "layouts": list, "points": list, "source": str}
+        )
         if "curve" in said:
             curves = {curve.date: curve for curve in load_published().curves}
             if said["curve"] not in curves:
-                raise self.fail("published", f"curve is {said['curve']!r}; the shipped ones are {', '.join(curves)}")
+                raise self.fail(
+                    "published",
+                    f"curve is {said['curve']!r}; the shipped ones are {', '.join(curves)}",
+                )
             layouts = said.get("layouts")
-            points = tuple(p for p in curves[said["curve"]].points if layouts is None or p.layout in layouts)
+            points = tuple(
+                p for p in curves[said["curve"]].points if layouts is None or p.layout in layouts
+            )
             return points, points[0].source
         if "points" not in said or "source" not in said:
             raise self.fail("published", "needs a curve, or points with their source")
         made = []
         for row in said["points"]:
-            self.fields(row, "published.points", {"concurrency": int, "tput_per_gpu": (int, float)}, {"intvty": (int, float)})
-            made.append(Point(row["concurrency"], row["tput_per_gpu"], row.get("intvty", 0.0), 0.0, 0.0, source=said["source"]))
+            self.fields(
+                row,
+                "published.points",
+                {"concurrency": int, "tput_per_gpu": (int, float)},
+                {"intvty": (int, float)},
+            )
+            made.append(
+                Point(
+                    row["concurrency"],
+                    row["tput_per_gpu"],
+                    row.get("intvty", 0.0),
+                    0.0,
+                    0.0,
+                    source=said["source"],
+                )
+            )
         return tuple(made), said["source"]
 
     def accuracy(self, said: dict | str) -> Mapping[str, Any]:
         if isinstance(said, str):
             return {"none": said}
-        return self.fields(said, "accuracy", {"task": str, "threshold": (float, int), "source": str}, {"reported": str})
+        return self.fields(
+            said,
+            "accuracy",
+            {"task": str, "threshold": (float, int), "source": str},
+            {"reported": str},
+        )
 
     def measured(self, said: dict | str) -> str | Mapping[str, Any]:
         if isinstance(said, str):
             if not said.startswith("not measured"):
-                raise self.fail("measured", f"is {said!r}; write 'not measured', with the reason, or a mapping with commit and points")
+                raise self.fail(
+                    "measured",
+                    f"is {said!r}; write 'not measured', with the reason, or a mapping with commit"
+                    " and points",
+                )
             return said
-        return self.fields(said, "measured", {"commit": str, "date": str, "machine": str, "points": list}, {"note": str})
+        return self.fields(
+            said,
+            "measured",
+            {"commit": str, "date": str, "machine": str, "points": list},
+            {"note": str},
+        )
 
     def original(self, said: dict | None) -> Original | None:
         if said is None:
             return None
-        self.fields(said, "original", {"image": str, "source": str, "arms": dict}, {"environment": dict, "arguments": dict, "notes": list})
+        self.fields(
+            said,
+            "original",
+            {"image": str, "source": str, "arms": dict},
+            {"environment": dict, "arguments": dict, "notes": list},
+        )
         environment = self.environment(said.get("environment", {}), "original.environment")
-        return Original(said["image"], said["source"], environment,
-                        self.arms(said["arms"], environment, said.get("arguments", {}), "original.arms"), tuple(said.get("notes", ())))
+        return Original(
+            said["image"],
+            said["source"],
+            environment,
+            self.arms(said["arms"], environment, said.get("arguments", {}), "original.arms"),
+            tuple(said.get("notes", ())),
+        )
 
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"}
 
 
 def model_config(model: str) -> str | None:
-    """Text of the config.json of a recipe's model: of its directory, or of the released model it names; None when neither is known."""
+    """Text of the config.json of a recipe's model: of its directory, or of the released model it
+    names; None when neither is known."""
     own = Path(model, "config.json")
     if own.is_file():
         return own.read_text()
@@ -251,12 +378,15 @@ def model_config(model: str) -> str | None:
     for released in ("pro", "flash"):
         if f"v4-{released}" in name:
             config = json.loads((MODELS / f"{released}.json").read_text())
-            return json.dumps({**config, "expert_dtype": "fp8"} if name.endswith("-fp8") else config)
+            return json.dumps(
+                {**config, "expert_dtype": "fp8"} if name.endswith("-fp8") else config
+            )
     return None
 
 
 def option_words(arguments: Mapping[str, Any], concurrency: int) -> list[str]:
-    """Words of a command line; {concurrency} in a value stands for the largest concurrency that is run."""
+    """Words of a command line; {concurrency} in a value stands for the largest concurrency that is
+    run."""
     words: list[str] = []
     for name, value in arguments.items():
         words.append(f"--{name}")
@@ -266,7 +396,9 @@ def option_words(arguments: Mapping[str, Any], concurrency: int) -> list[str]:
     return words
 
 
-def command(recipe: Recipe, arm: Arm, model: str | None = None, concurrency: int | None = None) -> list[str]:
+def command(
+    recipe: Recipe, arm: Arm, model: str | None = None, concurrency: int | None = None
+) -> list[str]:
     """Words that launch one arm, without its environment. `model` replaces the recipe's."""
     options = option_words(arm.arguments, concurrency or max(arm.concurrency, default=1))
     if arm.role == "router":

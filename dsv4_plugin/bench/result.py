@@ -7,19 +7,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 STABLE = 0.04
-"""Runs of one point that differ by more than this share of their median are marked: a figure that uncertain cannot rank
-two configurations that are closer."""
+"""Runs of one point that differ by more than this share of their median are marked: a figure that
+uncertain cannot rank two configurations that are closer."""
 
 
 def inferencex(figures: Mapping[str, Any], gpus: int) -> dict[str, float]:
-    """InferenceX's metrics of one run: tokens/s per GPU, times in seconds, `intvty` = 1/TPOT in tokens/s/user.
+    """InferenceX's metrics of one run: tokens/s per GPU, times in seconds, `intvty` = 1/TPOT in
+    tokens/s/user.
 
-    mean, median, std, p90, p95 and p99 of ttft, tpot, itl, e2el and intvty. `figures` are the client's, in milliseconds.
-    As there, each interactivity is the reciprocal of the TPOT figure of the same name, so p99_intvty is that of a slow request.
+    mean, median, std, p90, p95 and p99 of ttft, tpot, itl, e2el and intvty. `figures` are the
+    client's, in milliseconds. As there, each interactivity is the reciprocal of the TPOT figure of
+    the same name, so p99_intvty is that of a slow request.
     """
-    made = {"tput_per_gpu": figures["total_throughput"] / gpus,
-            "output_tput_per_gpu": figures["output_throughput"] / gpus,
-            "input_tput_per_gpu": (figures["total_throughput"] - figures["output_throughput"]) / gpus}
+    made = {
+        "tput_per_gpu": figures["total_throughput"] / gpus,
+        "output_tput_per_gpu": figures["output_throughput"] / gpus,
+        "input_tput_per_gpu": (figures["total_throughput"] - figures["output_throughput"]) / gpus,
+    }
     for name, value in figures.items():
         if name.endswith("_ms"):
             metric = name.removesuffix("_ms").replace("e2e_latency", "e2el")
@@ -30,7 +34,8 @@ def inferencex(figures: Mapping[str, Any], gpus: int) -> dict[str, float]:
 
 
 def spread(runs: Sequence[Mapping[str, Any]]) -> float | None:
-    """(largest - smallest) / median over runs, of throughput or of median TPOT, whichever is more; None for one run."""
+    """(largest - smallest) / median over runs, of throughput or of median TPOT, whichever is more;
+    None for one run."""
     if len(runs) < 2:
         return None
     shares = []

@@ -1,4 +1,5 @@
-"""Results on disk: a file for each finished point, kept whole or not at all, so that a sweep can be taken up again."""
+"""Results on disk: a file for each finished point, kept whole or not at all, so that a sweep can be
+taken up again."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def begun(directory: Path) -> str:
-    """The date of the first result in `directory`, today when there is none: a sweep taken up again is still one curve."""
+    """The date of the first result in `directory`, today when there is none: a sweep taken up again
+    is still one curve."""
     dates = [time.strftime("%Y-%m-%d")]
     for path in directory.rglob("*.json"):
         try:
@@ -38,8 +40,9 @@ def begun(directory: Path) -> str:
 class Store:
     """The points of one configuration in one directory.
 
-    `identity` says what was measured, and must not differ between the points of a directory that are taken up. A finished
-    point is NAME.json; runs of one that is not finished are in NAME.runs, which no report reads.
+    `identity` says what was measured, and must not differ between the points of a directory that
+    are taken up. A finished point is NAME.json; runs of one that is not finished are in NAME.runs,
+    which no report reads.
     """
 
     def __init__(self, directory: Path, identity: Mapping[str, Any], again: bool = False):
@@ -51,7 +54,8 @@ class Store:
         return self.directory / f"{name}.json"
 
     def runs(self, name: str) -> list[dict[str, Any]]:
-        """Runs of a point that were made before. Raises BenchError when they are of another configuration."""
+        """Runs of a point that were made before. Raises BenchError when they are of another
+        configuration."""
         for path in () if self._again else (self.path(name), self._unfinished(name)):
             try:
                 document = json.loads(path.read_text(encoding="utf-8"))
@@ -59,7 +63,9 @@ class Store:
             except FileNotFoundError:
                 continue
             except (ValueError, KeyError, TypeError):
-                raise BenchError(f"{path} is no result of dsv4 bench; give another directory with --out") from None
+                raise BenchError(
+                    f"{path} is no result of dsv4 bench; give another directory with --out"
+                ) from None
             self._compare(identity, path)
             return runs
         return []
@@ -83,7 +89,17 @@ class Store:
         return self.directory / f"{name}.runs"
 
     def _compare(self, identity: Mapping[str, Any], path: Path) -> None:
-        names = sorted(name for name in {*identity, *self.identity} if identity.get(name) != self.identity.get(name))
+        names = sorted(
+            name
+            for name in {*identity, *self.identity}
+            if identity.get(name) != self.identity.get(name)
+        )
         if names:
-            different = "; ".join(f"{name} was {identity.get(name)!r} and is {self.identity.get(name)!r}" for name in names)
-            raise BenchError(f"{path} measured something else: {different}. Give another directory with --out, or --again to replace it")
+            different = "; ".join(
+                f"{name} was {identity.get(name)!r} and is {self.identity.get(name)!r}"
+                for name in names
+            )
+            raise BenchError(
+                f"{path} measured something else: {different}. Give another directory with --out,"
+                " or --again to replace it"
+            )

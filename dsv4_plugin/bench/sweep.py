@@ -30,7 +30,8 @@ class Progress:
 
 @dataclass
 class Bench:
-    """One server under measurement. `labels` are InferenceX's descriptive fields: hw, precision, image, date, label."""
+    """One server under measurement. `labels` are InferenceX's descriptive fields: hw, precision,
+    image, date, label."""
 
     server: Server
     workload: Workload
@@ -43,7 +44,8 @@ class Bench:
     progress: Progress = field(default_factory=Progress)
 
     def run(self, load: Load) -> dict[str, Any]:
-        """One run of `load`. One in which kernels were compiled is made a second time: warm-ups compile, too.
+        """One run of `load`. One in which kernels were compiled is made a second time: warm-ups
+        compile, too.
 
         Raises BenchError when a request failed.
         """
@@ -56,40 +58,81 @@ class Bench:
 
     def _run(self, load: Load) -> dict[str, Any]:
         before, begun = self.watch.read(), time.time()
-        run = client.measure(self.server.url, self.server.model, self.server.tokenizer, load, self.workload, self.progress.requests)
+        run = client.measure(
+            self.server.url,
+            self.server.model,
+            self.server.tokenizer,
+            load,
+            self.workload,
+            self.progress.requests,
+        )
         after = self.watch.settled(time.time())
-        return {**run.document(), "begun": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun)),
-                "compiled": compiled(before, after), "warnings": warnings(before, after, run.figures, run.asked_output_tokens)}
+        return {
+            **run.document(),
+            "begun": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun)),
+            "compiled": compiled(before, after),
+            "warnings": warnings(before, after, run.figures, run.asked_output_tokens),
+        }
 
     def result(self, load: Load, runs: Sequence[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
-        """A point in InferenceX's shape: the figures of the middle run, and everything needed to make it again."""
+        """A point in InferenceX's shape: the figures of the middle run, and everything needed to
+        make it again."""
         figures = [run["figures"] for run in runs]
         chosen = runs[middle(figures)]
         apart = spread(figures)
         concurrency = load.concurrency or max(1, round(chosen["figures"]["concurrency"]))
         report = self.watch.read()
         return {
-            **self.labels, "model": self.server.model, "conc": concurrency, "isl": self.workload.isl, "osl": self.workload.osl,
-            **self.server.layout(), **inferencex(chosen["figures"], self.server.gpus), "scenario": load.scenario,
-            "repeat": len(runs), "spread": apart, "unstable": apart is not None and apart > STABLE,
-            "warnings": list(dict.fromkeys(warning for run in runs for warning in run["warnings"])), **more,
-            "workload": vars(self.workload), "command": " ".join(chosen["command"]), "server_command": self.started_with or self.server.launch,
-            "server_arguments": self.server.safe_arguments(), "commit": environment.commit(), "versions": environment.versions(),
-            "machine": environment.machine(), "environment": self._environment(report),
-            "active": None if report is None else {"facts": report.facts, "rows": [vars(row) for row in report.rows]},
-            "runs": list(runs)}
+            **self.labels,
+            "model": self.server.model,
+            "conc": concurrency,
+            "isl": self.workload.isl,
+            "osl": self.workload.osl,
+            **self.server.layout(),
+            **inferencex(chosen["figures"], self.server.gpus),
+            "scenario": load.scenario,
+            "repeat": len(runs),
+            "spread": apart,
+            "unstable": apart is not None and apart > STABLE,
+            "warnings": list(dict.fromkeys(warning for run in runs for warning in run["warnings"])),
+            **more,
+            "workload": vars(self.workload),
+            "command": " ".join(chosen["command"]),
+            "server_command": self.started_with or self.server.launch,
+            "server_arguments": self.server.safe_arguments(),
+            "commit": environment.commit(),
+            "versions": environment.versions(),
+            "machine": environment.machine(),
+            "environment": self._environment(report),
+            "active": (
+                None
+                if report is None
+                else {"facts": report.facts, "rows": [vars(row) for row in report.rows]}
+            ),
+            "runs": list(runs),
+        }
 
     def _environment(self, report: Report | None) -> dict[str, str] | None:
         """The variables that the server was started with; None when they cannot be read."""
         if self.environment is not None:
             return environment.steering(self.environment)
-        return environment.server_environment(report.facts.get("pid")) if report is not None else None
+        return (
+            environment.server_environment(report.facts.get("pid")) if report is not None else None
+        )
 
 
-def sweep(open_bench: Callable[[], AbstractContextManager[Bench]], loads: Sequence[Load], store: Store, repeat: int, progress: Progress) -> list[dict[str, Any]]:
-    """Results of all loads, in order. `open_bench()` is a context that gives a Bench; it is entered only when a run is needed.
+def sweep(
+    open_bench: Callable[[], AbstractContextManager[Bench]],
+    loads: Sequence[Load],
+    store: Store,
+    repeat: int,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Results of all loads, in order. `open_bench()` is a context that gives a Bench; it is entered
+    only when a run is needed.
 
-    Every run is kept as soon as it has ended. Raises BenchError for the first load that cannot be measured.
+    Every run is kept as soon as it has ended. Raises BenchError for the first load that cannot be
+    measured.
     """
     results = []
     bench: Bench | None = None

@@ -19,9 +19,11 @@ _FELL = "fell back: "
 
 
 class Watch:
-    """Reads the report of the server at `url`: from its file on this machine, otherwise through `read_series(url)`.
+    """Reads the report of the server at `url`: from its file on this machine, otherwise through
+    `read_series(url)`.
 
-    `read_series` returns the report that the server's Prometheus series hold, or raises ReportError.
+    `read_series` returns the report that the server's Prometheus series hold, or raises
+    ReportError.
     """
 
     def __init__(self, url: str, read_series: Callable[[str], Report]):
@@ -38,10 +40,15 @@ class Watch:
     def settled(self, since: float) -> Report | None:
         """The report, once it covers all steps before `since` (seconds since the epoch).
 
-        It says the whole second of its writing; one of the very second may miss the last steps, whose own follows in time.
+        It says the whole second of its writing; one of the very second may miss the last steps,
+        whose own follows in time.
         """
         report = self.read()
-        while report is not None and _written(report) <= since and time.time() < since + SETTLE_SECONDS:
+        while (
+            report is not None
+            and _written(report) <= since
+            and time.time() < since + SETTLE_SECONDS
+        ):
             time.sleep(0.5)
             report = self.read()
         return report
@@ -54,7 +61,12 @@ class Watch:
         except (OSError, ReportError):
             return None
         # A file of an earlier server on this port says nothing of this one.
-        return report if report.facts.get("port") == self._port and os.path.exists(f"/proc/{report.facts.get('pid')}") else None
+        return (
+            report
+            if report.facts.get("port") == self._port
+            and os.path.exists(f"/proc/{report.facts.get('pid')}")
+            else None
+        )
 
     def _series(self) -> Report | None:
         try:
@@ -70,32 +82,54 @@ def _written(report: Report) -> float:
         return float("-inf")
 
 
-def warnings(before: Report | None, after: Report | None, figures: Mapping[str, Any], asked_output_tokens: int) -> list[str]:
-    """What happened during a run that makes its figures something other than the speed of the configuration."""
+def warnings(
+    before: Report | None,
+    after: Report | None,
+    figures: Mapping[str, Any],
+    asked_output_tokens: int,
+) -> list[str]:
+    """What happened during a run that makes its figures something other than the speed of the
+    configuration."""
     found = []
     if after is None:
-        found.append("what ran is not known: the server has no report of dsv4_plugin that this machine can read, so kernels "
-                     "compiled and fall-backs cannot be told")
+        found.append(
+            "what ran is not known: the server has no report of dsv4_plugin that this machine can"
+            " read, so kernels compiled and fall-backs cannot be told"
+        )
     else:
         if compiled(before, after):
-            found.append(f"{compiled(before, after)} kernels were compiled during the run, and requests waited for them")
+            found.append(
+                f"{compiled(before, after)} kernels were compiled during the run, and requests"
+                " waited for them"
+            )
         earlier = _fallbacks(before) if before else {}
         for place, calls in _fallbacks(after).items():
             if calls != earlier.get(place):
-                found.append(f"{place} fell back to its reference during the run; `dsv4 active` gives the reason")
+                found.append(
+                    f"{place} fell back to its reference during the run; `dsv4 active` gives the"
+                    " reason"
+                )
     cached = (figures.get("cache_report") or {}).get("total_cached_tokens", 0)
     if cached:
-        found.append(f"{cached} of {figures['total_input_tokens']} input tokens came from the prefix cache; serve with "
-                     "--disable-radix-cache to measure prefill")
+        found.append(
+            f"{cached} of {figures['total_input_tokens']} input tokens came from the prefix cache;"
+            " serve with --disable-radix-cache to measure prefill"
+        )
     written = figures["total_output_tokens"]
     if written < 0.99 * asked_output_tokens:
-        found.append(f"{written} of {asked_output_tokens} output tokens were written: the server does not honour ignore_eos")
+        found.append(
+            f"{written} of {asked_output_tokens} output tokens were written: the server does not"
+            " honour ignore_eos"
+        )
     return found
 
 
 def compiled(before: Report | None, after: Report | None) -> int:
     """Kernels compiled while serving, between two reports."""
-    counts = [int(report.facts.get("compiled after ready") or 0) if report else 0 for report in (before, after)]
+    counts = [
+        int(report.facts.get("compiled after ready") or 0) if report else 0
+        for report in (before, after)
+    ]
     return max(counts[1] - counts[0], 0)
 
 
@@ -106,5 +140,11 @@ def _fallbacks(report: Report) -> dict[str, Any]:
         if row.fallback:
             place = f"{row.operator} in {row.phase}"
             counts[place] = counts.get(place, 0) + row.calls
-    counts.update({name.removeprefix(_FELL): said for name, said in report.facts.items() if name.startswith(_FELL)})
+    counts.update(
+        {
+            name.removeprefix(_FELL): said
+            for name, said in report.facts.items()
+            if name.startswith(_FELL)
+        }
+    )
     return counts

@@ -1,4 +1,5 @@
-"""How many parameters and released bytes each component of a model has, summed from the table of released tensors."""
+"""How many parameters and released bytes each component of a model has, summed from the table of
+released tensors."""
 
 from __future__ import annotations
 
@@ -32,9 +33,11 @@ _COMPONENTS = (
 
 @dataclass(frozen=True)
 class Holding:
-    """What one component holds: parameters (scales not counted), released bytes and tensors (scales counted).
+    """What one component holds: parameters (scales not counted), released bytes and tensors (scales
+    counted).
 
-    `group` is the group of ranks that splits it (`parallel.Parallel`), empty when every rank holds all of it.
+    `group` is the group of ranks that splits it (`parallel.Parallel`), empty when every rank holds
+    all of it.
     """
 
     component: str
@@ -68,8 +71,13 @@ def component_bytes(geometry: Geometry) -> dict[str, int]:
 
 
 def resident_bytes(geometry: Geometry, shares: dict[str, int], mtp: bool) -> float:
-    """Bytes of weights on one GPU when group `g` is split over `shares[g]` ranks (1 where it is not named)."""
-    return sum(holding.bytes / shares.get(holding.group, 1) for holding in holdings(geometry) if mtp or not holding.mtp)
+    """Bytes of weights on one GPU when group `g` is split over `shares[g]` ranks (1 where it is not
+    named)."""
+    return sum(
+        holding.bytes / shares.get(holding.group, 1)
+        for holding in holdings(geometry)
+        if mtp or not holding.mtp
+    )
 
 
 def _component(name: str) -> str:

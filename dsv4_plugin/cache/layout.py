@@ -1,8 +1,9 @@
-"""Byte layouts and slot arithmetic of the paged caches: the host's DeepSeek-V4 pool (docs/model.md §4).
+"""Byte layouts and slot arithmetic of the paged caches: the host's DeepSeek-V4 pool (docs/model.md
+§4).
 
-A latent slot is 448 e4m3 + 64 bf16 = 576 data bytes and 8 scale bytes (7 ue8m0 and a pad). A page holds the data
-of all its slots, then their scales, and is padded to a multiple of 576. An index-key page holds 64 keys of 128
-e4m3, then 64 fp32 scales.
+A latent slot is 448 e4m3 + 64 bf16 = 576 data bytes and 8 scale bytes (7 ue8m0 and a pad). A page
+holds the data of all its slots, then their scales, and is padded to a multiple of 576. An index-key
+page holds 64 keys of 128 e4m3, then 64 fp32 scales.
 """
 
 from __future__ import annotations
@@ -37,25 +38,38 @@ def index_page_bytes(entries: int = INDEX_PAGE_ENTRIES) -> int:
 
 
 def latent_views(pages: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of uint8 `pages` [n, page_bytes]: nope bytes [n, slots, 448], rope bytes [n, slots, 128], scales [n, slots, 7]."""
+    """Views of uint8 `pages` [n, page_bytes]: nope bytes [n, slots, 448], rope bytes [n, slots,
+    128], scales [n, slots, 7]."""
     count, page_bytes = pages.shape
-    data = pages.as_strided((count, slots, LATENT_DATA_BYTES), (page_bytes, LATENT_DATA_BYTES, 1),
-                            pages.storage_offset())
-    scales = pages.as_strided((count, slots, LATENT_SCALE_BYTES - 1), (page_bytes, LATENT_SCALE_BYTES, 1),
-                              pages.storage_offset() + slots * LATENT_DATA_BYTES)
+    data = pages.as_strided(
+        (count, slots, LATENT_DATA_BYTES),
+        (page_bytes, LATENT_DATA_BYTES, 1),
+        pages.storage_offset(),
+    )
+    scales = pages.as_strided(
+        (count, slots, LATENT_SCALE_BYTES - 1),
+        (page_bytes, LATENT_SCALE_BYTES, 1),
+        pages.storage_offset() + slots * LATENT_DATA_BYTES,
+    )
     return data[..., :NOPE_DIM], data[..., NOPE_DIM:], scales
 
 
 def index_views(pages: Tensor, entries: int = INDEX_PAGE_ENTRIES) -> tuple[Tensor, Tensor]:
-    """Views of uint8 `pages` [n, page_bytes]: key bytes [n, entries, 128] and scale bytes [n, entries, 4]."""
+    """Views of uint8 `pages` [n, page_bytes]: key bytes [n, entries, 128] and scale bytes [n,
+    entries, 4]."""
     count, page_bytes = pages.shape
-    keys = pages.as_strided((count, entries, INDEX_DIM), (page_bytes, INDEX_DIM, 1), pages.storage_offset())
-    scales = pages.as_strided((count, entries, 4), (page_bytes, 4, 1), pages.storage_offset() + entries * INDEX_DIM)
+    keys = pages.as_strided(
+        (count, entries, INDEX_DIM), (page_bytes, INDEX_DIM, 1), pages.storage_offset()
+    )
+    scales = pages.as_strided(
+        (count, entries, 4), (page_bytes, 4, 1), pages.storage_offset() + entries * INDEX_DIM
+    )
     return keys, scales
 
 
 def entry_slots(page_table: Tensor, entries: Tensor, ratio: int) -> Tensor:
-    """Slots of compressed entries: `page_table` [..., pages] (page of each 256 tokens), `entries` [..., n] int64."""
+    """Slots of compressed entries: `page_table` [..., pages] (page of each 256 tokens), `entries`
+    [..., n] int64."""
     per_page = entries_per_page(ratio)
     return page_table.gather(-1, entries // per_page) * per_page + entries % per_page
 

@@ -1,4 +1,5 @@
-"""What one step reads and writes, as index tensors: built once per step and read by every layer (docs/model.md §4)."""
+"""What one step reads and writes, as index tensors: built once per step and read by every layer
+(docs/model.md §4)."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ RING_ROWS = MappingProxyType({4: 8, 128: 128})
 class Compression:
     """Windows of one compress ratio that this step completes, and the ring rows it leaves behind.
 
-    N rows, one a completed window of W = ratio·halves items (ratio 4 overlaps the previous window: halves = 2).
-    Rows past the completed windows pad N to a static number and are skipped: token, position, slot and all items -1.
+    N rows, one a completed window of W = ratio·halves items (ratio 4 overlaps the previous window:
+    halves = 2). Rows past the completed windows pad N to a static number and are skipped: token,
+    position, slot and all items -1.
     """
 
     ratio: int
@@ -35,14 +37,17 @@ class Compression:
     step_row: Tensor
     """int64 [N, W]: the step's row that holds the item, -1 if none."""
     ring_row: Tensor
-    """int64 [N, W]: ring row that holds the item, -1 if none. An item that neither holds lies before position 0."""
+    """int64 [N, W]: ring row that holds the item, -1 if none. An item that neither holds lies
+    before position 0."""
     ring_write_row: Tensor
-    """int64 [T]: ring row that keeps the projection of each of the step's rows, all different; -1 if none does."""
+    """int64 [T]: ring row that keeps the projection of each of the step's rows, all different; -1
+    if none does."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step of R requests and T rows; the rows of a request are contiguous and its positions ascend by one."""
+    """One step of R requests and T rows; the rows of a request are contiguous and its positions
+    ascend by one."""
 
     position: Tensor
     """int64 [T]."""
@@ -59,13 +64,14 @@ class StepPlan:
     window: Tensor
     """int64 [T, 128]: window slots the row attends to, -1 where there is none."""
     page_table: Tensor
-    """int64 [R, ceil(max_seq_len/256)]: page of each 256 tokens; what lies past a sequence's end is undefined."""
+    """int64 [R, ceil(max_seq_len/256)]: page of each 256 tokens; what lies past a sequence's end is
+    undefined."""
     compression: dict[int, Compression]
     """By compress ratio."""
 
     @property
     def phase(self) -> str:
-        """"decode" or "prefill"."""
+        """ "decode" or "prefill"."""
         return phase(self.max_queries)
 
     def visible(self, ratio: int) -> Tensor:
@@ -79,14 +85,15 @@ class StepPlan:
 
     @cached_property
     def dense_slots(self) -> Tensor:
-        """int64 [T, max_seq_len // 128]: slots of all ratio-128 entries the row sees, -1 past them."""
+        """int64 [T, max_seq_len // 128]: slots of all ratio-128 entries the row sees, -1 past
+        them."""
         slots = self.request_slots(128)[self.request]
         seen = torch.arange(slots.shape[1], device=slots.device) < self.visible(128).unsqueeze(-1)
         return slots.masked_fill(~seen, -1)
 
 
 def phase(max_queries: int) -> str:
-    """"decode" for a step in which no request has more than one row, else "prefill"."""
+    """ "decode" for a step in which no request has more than one row, else "prefill"."""
     return "decode" if max_queries <= 1 else "prefill"
 
 

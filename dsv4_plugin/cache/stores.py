@@ -1,7 +1,8 @@
-"""Where cached latents and index keys live: packed pages as kernels read them, or dense fp32 for checking.
+"""Where cached latents and index keys live: packed pages as kernels read them, or dense fp32 for
+checking.
 
-Slot 0 belongs to nobody: a store to a negative slot lands there, a load of one reads it, so that shapes stay static
-and the caller masks.
+Slot 0 belongs to nobody: a store to a negative slot lands there, a load of one reads it, so that
+shapes stay static and the caller masks.
 """
 
 from __future__ import annotations
@@ -12,8 +13,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..formats import dequantize_fp8, quantize_fp8, round_to_fp4, round_to_fp8, ue8m0_bytes, ue8m0_to_float
-from .layout import INDEX_DIM, INDEX_PAGE_ENTRIES, LATENT_DIM, NOPE_DIM, SCALE_BLOCK, index_views, latent_views
+from ..formats import (
+    dequantize_fp8,
+    quantize_fp8,
+    round_to_fp4,
+    round_to_fp8,
+    ue8m0_bytes,
+    ue8m0_to_float,
+)
+from .layout import (
+    INDEX_DIM,
+    INDEX_PAGE_ENTRIES,
+    LATENT_DIM,
+    NOPE_DIM,
+    SCALE_BLOCK,
+    index_views,
+    latent_views,
+)
 
 
 class SlotStore(Protocol):
@@ -27,7 +43,8 @@ class SlotStore(Protocol):
 
 
 class PackedLatentCache:
-    """Latents in uint8 `pages` [n, page_bytes] of `slots_per_page` slots: nope as FP8 in blocks of 64, rope as bf16."""
+    """Latents in uint8 `pages` [n, page_bytes] of `slots_per_page` slots: nope as FP8 in blocks of
+    64, rope as bf16."""
 
     def __init__(self, pages: Tensor, slots_per_page: int):
         self.pages = pages
@@ -47,7 +64,9 @@ class PackedLatentCache:
 
     def load(self, slots: Tensor) -> Tensor:
         at = self._at(slots)
-        nope = dequantize_fp8(self._nope[at].view(torch.float8_e4m3fn), ue8m0_to_float(self._scale[at]))
+        nope = dequantize_fp8(
+            self._nope[at].view(torch.float8_e4m3fn), ue8m0_to_float(self._scale[at])
+        )
         return torch.cat((nope, self._rope[at].view(torch.bfloat16).float()), -1)
 
 
@@ -70,11 +89,14 @@ class PackedIndexCache:
 
     def load(self, slots: Tensor) -> Tensor:
         at = self._at(slots)
-        return dequantize_fp8(self._keys[at].view(torch.float8_e4m3fn), self._scale[at].view(torch.float32))
+        return dequantize_fp8(
+            self._keys[at].view(torch.float8_e4m3fn), self._scale[at].view(torch.float32)
+        )
 
 
 class DenseLatentCache:
-    """Latents as fp32 [slots, 512]; with `rounded`, through FP8 on the nope part as the model was trained."""
+    """Latents as fp32 [slots, 512]; with `rounded`, through FP8 on the nope part as the model was
+    trained."""
 
     def __init__(self, slots: int, rounded: bool, device: torch.device | str = "cpu"):
         self.values = torch.zeros(slots, LATENT_DIM, device=device)
@@ -83,7 +105,9 @@ class DenseLatentCache:
     def store(self, slots: Tensor, values: Tensor) -> None:
         values = values.float()
         if self.rounded:
-            values = torch.cat((round_to_fp8(values[..., :NOPE_DIM], SCALE_BLOCK), values[..., NOPE_DIM:]), -1)
+            values = torch.cat(
+                (round_to_fp8(values[..., :NOPE_DIM], SCALE_BLOCK), values[..., NOPE_DIM:]), -1
+            )
         self.values[slots.clamp_min(0)] = values
 
     def load(self, slots: Tensor) -> Tensor:
@@ -91,7 +115,8 @@ class DenseLatentCache:
 
 
 class DenseIndexCache:
-    """Index keys as fp32 [slots, 128]; with `rounded`, through FP4 in blocks of 32 as the model was trained."""
+    """Index keys as fp32 [slots, 128]; with `rounded`, through FP4 in blocks of 32 as the model was
+    trained."""
 
     def __init__(self, slots: int, rounded: bool, device: torch.device | str = "cpu"):
         self.values = torch.zeros(slots, INDEX_DIM, device=device)
@@ -107,7 +132,8 @@ class DenseIndexCache:
 
 @dataclass
 class Caches:
-    """Stores of a model by layer number; layers without a part have no key. Rings hold fp32 rows [k | score]."""
+    """Stores of a model by layer number; layers without a part have no key. Rings hold fp32 rows [k
+    | score]."""
 
     window: dict[int, SlotStore] = field(default_factory=dict)
     compressed: dict[int, SlotStore] = field(default_factory=dict)

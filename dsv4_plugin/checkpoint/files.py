@@ -1,4 +1,5 @@
-"""The files of a checkpoint: what they hold is known from their headers, before any weight is read."""
+"""The files of a checkpoint: what they hold is known from their headers, before any weight is
+read."""
 
 from __future__ import annotations
 
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-"""The one weight file of a checkpoint without an index; other .safetensors files beside it are not weights."""
+"""The one weight file of a checkpoint without an index; other .safetensors files beside it are not
+weights."""
 
 
 class CheckpointError(ValueError):
-    """Weight files that are damaged, incomplete, or of another model than their config.json describes."""
+    """Weight files that are damaged, incomplete, or of another model than their config.json
+    describes."""
 
 
 @dataclass(frozen=True)
@@ -35,26 +38,35 @@ class StoredTensor:
 
 
 class CheckpointFiles:
-    """The weight files of a model directory: `model.safetensors`, or the shards that an index names.
+    """The weight files of a model directory: `model.safetensors`, or the shards that an index
+    names.
 
-    `stored` maps each tensor's name to its StoredTensor. Construction reads headers only and raises CheckpointError
-    for absent or truncated files, and for an index that disagrees with the files it names.
+    `stored` maps each tensor's name to its StoredTensor. Construction reads headers only and raises
+    CheckpointError for absent or truncated files, and for an index that disagrees with the files it
+    names.
     """
 
     def __init__(self, model_dir: str | Path):
         self.directory = Path(model_dir)
         if not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory} is not a directory; give the directory of a DeepSeek-V4 checkpoint")
+            raise CheckpointError(
+                f"{self.directory} is not a directory; give the directory of a DeepSeek-V4"
+                " checkpoint"
+            )
         index = self.directory / INDEX
         if not index.exists() and not (self.directory / SINGLE).exists():
-            raise CheckpointError(f"{self.directory} holds neither {INDEX} nor {SINGLE}; "
-                                  "give the directory of a DeepSeek-V4 checkpoint")
+            raise CheckpointError(
+                f"{self.directory} holds neither {INDEX} nor {SINGLE}; "
+                "give the directory of a DeepSeek-V4 checkpoint"
+            )
         weight_map = _read_index(index) if index.exists() else None
         self.files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
         absent = [file for file in self.files if not (self.directory / file).is_file()]
         if absent:
-            raise CheckpointError(f"{index} names {few(absent)}, not in {self.directory}; "
-                                  "the download is incomplete, fetch the files again")
+            raise CheckpointError(
+                f"{index} names {few(absent)}, not in {self.directory}; "
+                "the download is incomplete, fetch the files again"
+            )
         self.stored: dict[str, StoredTensor] = {}
         for file in self.files:
             self._read_header(file)
@@ -69,44 +81,68 @@ class CheckpointFiles:
                 for name in opened.keys():
                     entry = opened.get_slice(name)
                     if name in self.stored:
-                        raise CheckpointError(f"{name} is in both {self.stored[name].file} and {file} "
-                                              f"of {self.directory}")
-                    self.stored[name] = StoredTensor(file, entry.get_dtype(), tuple(entry.get_shape()))
+                        raise CheckpointError(
+                            f"{name} is in both {self.stored[name].file} and {file} "
+                            f"of {self.directory}"
+                        )
+                    self.stored[name] = StoredTensor(
+                        file, entry.get_dtype(), tuple(entry.get_shape())
+                    )
         except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged or truncated ({path.stat().st_size} bytes: {error}); "
-                                  "fetch the file again") from None
+            raise CheckpointError(
+                f"{path} is damaged or truncated ({path.stat().st_size} bytes: {error}); "
+                "fetch the file again"
+            ) from None
 
     def _compare_with_index(self, index: Path, weight_map: dict[str, str]) -> None:
         found = {name: stored.file for name, stored in self.stored.items()}
         if found == weight_map:
             return
-        absent = [f"{name} in {file}" for name, file in weight_map.items() if found.get(name) != file]
+        absent = [
+            f"{name} in {file}" for name, file in weight_map.items() if found.get(name) != file
+        ]
         unlisted = [f"{name} in {file}" for name, file in found.items() if name not in weight_map]
-        raise CheckpointError(_listing(f"{index} disagrees with the files it names",
-                                       ("not where it says", absent), ("not in the index", unlisted))
-                              + "; fetch the index and the files of one release")
+        raise CheckpointError(
+            _listing(
+                f"{index} disagrees with the files it names",
+                ("not where it says", absent),
+                ("not in the index", unlisted),
+            )
+            + "; fetch the index and the files of one release"
+        )
 
     def check(self, geometry: Geometry) -> None:
-        """Raises CheckpointError unless the files hold exactly the tensors of `geometry`, with their dtypes and shapes.
+        """Raises CheckpointError unless the files hold exactly the tensors of `geometry`, with
+        their dtypes and shapes.
 
-        The error counts the offenders of each kind and names the first few. Headers only; no weight is read.
+        The error counts the offenders of each kind and names the first few. Headers only; no weight
+        is read.
         """
         expected = expected_tensors(geometry)
         missing = [name for name in expected if name not in self.stored]
         unexpected = [name for name in self.stored if name not in expected]
-        wrong = [f"{name} is {stored.dtype} {list(stored.shape)}, not {expected[name].dtype} {list(expected[name].shape)}"
-                 for name, stored in self.stored.items()
-                 if name in expected and not matches(expected[name], stored.dtype, stored.shape)]
+        wrong = [
+            f"{name} is {stored.dtype} {list(stored.shape)}, not {expected[name].dtype}"
+            f" {list(expected[name].shape)}"
+            for name, stored in self.stored.items()
+            if name in expected and not matches(expected[name], stored.dtype, stored.shape)
+        ]
         if missing or unexpected or wrong:
-            raise CheckpointError(_listing(f"{self.directory} does not hold the weights of the model in its config.json",
-                                           ("missing", missing), ("unexpected", unexpected), ("wrong", wrong))
-                                  + "; config.json and the weights must be of one release")
+            raise CheckpointError(
+                _listing(
+                    f"{self.directory} does not hold the weights of the model in its config.json",
+                    ("missing", missing),
+                    ("unexpected", unexpected),
+                    ("wrong", wrong),
+                )
+                + "; config.json and the weights must be of one release"
+            )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (name, CPU tensor) file by file, in the order of the bytes.
 
-        Tensors are views of the memory-mapped file: a weight that nobody touches is never read, and one file's pages
-        are let go when the last of its tensors is.
+        Tensors are views of the memory-mapped file: a weight that nobody touches is never read, and
+        one file's pages are let go when the last of its tensors is.
         """
         for file in self.files:
             with safe_open(self.directory / file, framework="pt") as opened:
@@ -126,7 +162,11 @@ def few(items: list[str], limit: int = 3) -> str:
 
 
 def _listing(what: str, *kinds: tuple[str, list[str]]) -> str:
-    return what + ": " + "; ".join(f"{len(items)} {kind}: {few(items)}" for kind, items in kinds if items)
+    return (
+        what
+        + ": "
+        + "; ".join(f"{len(items)} {kind}: {few(items)}" for kind, items in kinds if items)
+    )
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -136,4 +176,6 @@ def _read_index(path: Path) -> dict[str, str]:
             raise ValueError("weight_map does not map tensors to files")
         return dict(weight_map)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not an index of safetensors files: {error!r}; fetch it again") from None
+        raise CheckpointError(
+            f"{path} is not an index of safetensors files: {error!r}; fetch it again"
+        ) from None

@@ -1,4 +1,5 @@
-"""The one table of released tensor names: dtype, shape and how each is split over processes (docs/model.md §2)."""
+"""The one table of released tensor names: dtype, shape and how each is split over processes
+(docs/model.md §2)."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ FP4_GROUP = 32
 
 @dataclass(frozen=True)
 class Shard:
-    """A tensor is cut along `axis` into equal, contiguous shares over the group `group` of `parallel.Parallel`.
+    """A tensor is cut along `axis` into equal, contiguous shares over the group `group` of
+    `parallel.Parallel`.
 
-    A share is a whole multiple of `unit` elements, so that it never cuts a block that shares one scale.
+    A share is a whole multiple of `unit` elements, so that it never cuts a block that shares one
+    scale.
     """
 
     group: str
@@ -28,10 +31,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One released tensor. `dtype` is a safetensors name; `other_dtypes` decode to the same values and are accepted too.
+    """One released tensor. `dtype` is a safetensors name; `other_dtypes` decode to the same values
+    and are accepted too.
 
-    `expert` is the routed expert that the tensor belongs to; it lives only on the processes that hold that expert.
-    `scale` and `weight` name the other half of a quantised pair.
+    `expert` is the routed expert that the tensor belongs to; it lives only on the processes that
+    hold that expert. `scale` and `weight` name the other half of a quantised pair.
     """
 
     name: str
@@ -50,7 +54,8 @@ class TensorSpec:
 
 
 def expected_tensors(geometry: Geometry) -> dict[str, TensorSpec]:
-    """Every tensor that a release of this geometry holds, by name: no more, no fewer (docs/model.md §2)."""
+    """Every tensor that a release of this geometry holds, by name: no more, no fewer (docs/model.md
+    §2)."""
     table = _Table(geometry)
     g, d = geometry, geometry.hidden_size
     table.plain("embed.weight", "BF16", g.vocab_size, d, shard=Shard("vocab", 0))
@@ -76,8 +81,11 @@ class _Table:
     def __init__(self, geometry: Geometry):
         self.geometry = geometry
         self.specs: dict[str, TensorSpec] = {}
-        # Base releases keep the scales of their 128x128 blocks in fp32; FP8 conversions of the others keep ue8m0.
-        self.block_scale = ("F32", ("F8_E8M0",)) if geometry.expert_dtype == "fp8" else ("F8_E8M0", ())
+        # Base releases keep the scales of their 128x128 blocks in fp32; FP8 conversions of the
+        # others keep ue8m0.
+        self.block_scale = (
+            ("F32", ("F8_E8M0",)) if geometry.expert_dtype == "fp8" else ("F8_E8M0", ())
+        )
 
     def plain(self, name: str, dtype: str, *shape: int, shard: Shard | None = None) -> None:
         self.specs[name] = TensorSpec(name, dtype, shape, shard)
@@ -88,25 +96,59 @@ class _Table:
     def bf16(self, name: str, rows: int, columns: int) -> None:
         self.plain(name + ".weight", "BF16", rows, columns)
 
-    def fp8(self, name: str, rows: int, columns: int, group: str | None = None, axis: int = 0,
-            expert: int | None = None) -> None:
-        """An FP8 matrix [rows, columns] and its scales, one per 128x128 block, cut along `axis` over `group`."""
+    def fp8(
+        self,
+        name: str,
+        rows: int,
+        columns: int,
+        group: str | None = None,
+        axis: int = 0,
+        expert: int | None = None,
+    ) -> None:
+        """An FP8 matrix [rows, columns] and its scales, one per 128x128 block, cut along `axis`
+        over `group`."""
         block = self.geometry.weight_block
         grid = (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
         dtype, others = self.block_scale
-        self._pair(name, "F8_E4M3", (rows, columns), dtype, grid, group, axis, block[axis], expert, others)
+        self._pair(
+            name, "F8_E4M3", (rows, columns), dtype, grid, group, axis, block[axis], expert, others
+        )
 
     def fp4(self, name: str, rows: int, columns: int, group: str, axis: int, expert: int) -> None:
-        """An FP4 matrix [rows, columns], two values a byte, and its scales, one per row and 32 columns."""
+        """An FP4 matrix [rows, columns], two values a byte, and its scales, one per row and 32
+        columns."""
         unit = 1 if axis == 0 else FP4_GROUP // 2
-        self._pair(name, "I8", (rows, columns // 2), "F8_E8M0", (rows, columns // FP4_GROUP), group, axis, unit, expert)
+        self._pair(
+            name,
+            "I8",
+            (rows, columns // 2),
+            "F8_E8M0",
+            (rows, columns // FP4_GROUP),
+            group,
+            axis,
+            unit,
+            expert,
+        )
 
-    def _pair(self, name: str, dtype: str, shape: tuple[int, int], scale_dtype: str, scale_shape: tuple[int, int],
-              group: str | None, axis: int, unit: int, expert: int | None, others: tuple[str, ...] = ()) -> None:
+    def _pair(
+        self,
+        name: str,
+        dtype: str,
+        shape: tuple[int, int],
+        scale_dtype: str,
+        scale_shape: tuple[int, int],
+        group: str | None,
+        axis: int,
+        unit: int,
+        expert: int | None,
+        others: tuple[str, ...] = (),
+    ) -> None:
         weight, scale = name + ".weight", name + ".scale"
         cut = (Shard(group, axis, unit), Shard(group, axis)) if group else (None, None)
         self.specs[weight] = TensorSpec(weight, dtype, shape, cut[0], expert, scale=scale)
-        self.specs[scale] = TensorSpec(scale, scale_dtype, scale_shape, cut[1], expert, others, weight=weight)
+        self.specs[scale] = TensorSpec(
+            scale, scale_dtype, scale_shape, cut[1], expert, others, weight=weight
+        )
 
     def block(self, prefix: str, ratio: int, hash_routed: bool) -> None:
         d, streams = self.geometry.hidden_size, self.geometry.hc_mult
@@ -145,7 +187,8 @@ class _Table:
             self.compressor(prefix + "indexer.compressor.", ratio, g.index_head_dim)
 
     def compressor(self, prefix: str, ratio: int, head_dim: int) -> None:
-        # Ratio 4 overlaps its windows: each token carries one half for the next entry and one for its own.
+        # Ratio 4 overlaps its windows: each token carries one half for the next entry and one for
+        # its own.
         width = head_dim * (2 if ratio == 4 else 1)
         self.bf16(prefix + "wkv", width, self.geometry.hidden_size)
         self.bf16(prefix + "wgate", width, self.geometry.hidden_size)

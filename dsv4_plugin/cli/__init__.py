@@ -1,8 +1,8 @@
 """The `dsv4` command: one file of this package a subcommand.
 
 A subcommand `name.py` has a docstring, whose first line is its help, `add_arguments(parser)` and
-`run(arguments) -> int` (the exit status). One that sets `TAKES_OTHER_ARGUMENTS = True` finds what its parser does not
-know in `arguments.other`, a list; anywhere else that is an error.
+`run(arguments) -> int` (the exit status). One that sets `TAKES_OTHER_ARGUMENTS = True` finds what
+its parser does not know in `arguments.other`, a list; anywhere else that is an error.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ _INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `dsv4 argv...` and returns the exit status.
 
-    A wrong input, which this package reports by an exception class of its own, and a file that cannot be used become
-    one line on stderr and status 2; other exceptions are defects and keep their traceback.
+    A wrong input, which this package reports by an exception class of its own, and a file that
+    cannot be used become one line on stderr and status 2; other exceptions are defects and keep
+    their traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     names = [module.name for module in pkgutil.iter_modules(__path__)]
@@ -35,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = argv[0].replace("-", "_")
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(map(_spelled, names))}"
+        hint = (
+            f"did you mean {near[0]}?" if near else f"there are {', '.join(map(_spelled, names))}"
+        )
         return _fail(f"no command {argv[0]!r}; {hint}")
     try:
         module = importlib.import_module(f"{__name__}.{name}")
@@ -43,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("dsv4_plugin"):
             raise
-        return _fail(f"this command needs the Python package {error.name}, which is not installed; {_remedy(error.name)}")
+        return _fail(
+            f"this command needs the Python package {error.name}, which is not installed;"
+            f" {_remedy(error.name)}"
+        )
     except OSError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -61,24 +67,37 @@ _FOR_USERS = ("bench", "flydsl", "host")
 
 
 def _remedy(module: str) -> str:
-    """The installation that brings a missing module: this package itself, or the extra that lists its distribution."""
+    """The installation that brings a missing module: this package itself, or the extra that lists
+    its distribution."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
     top = module.partition(".")[0]
     wanted = canonicalize_name(_DISTRIBUTIONS.get(top, top))
-    brought = [requirement for requirement in map(Requirement, importlib.metadata.requires("dsv4_plugin") or ())
-               if canonicalize_name(requirement.name) == wanted]
+    brought = [
+        requirement
+        for requirement in map(Requirement, importlib.metadata.requires("dsv4_plugin") or ())
+        if canonicalize_name(requirement.name) == wanted
+    ]
     if any(requirement.marker is None for requirement in brought):
         return "pip install dsv4_plugin brings it"
-    extras = [extra for extra in _FOR_USERS for requirement in brought if requirement.marker.evaluate({"extra": extra})]
+    extras = [
+        extra
+        for extra in _FOR_USERS
+        for requirement in brought
+        if requirement.marker.evaluate({"extra": extra})
+    ]
     # What no extra lists comes with SGLang or the machine.
     return f"pip install 'dsv4_plugin[{extras[0] if extras else 'host'}]' brings it"
 
 
 def _parse(module, name: str, argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"dsv4 {_spelled(name)}", description=module.__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f"dsv4 {_spelled(name)}",
+        description=module.__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     module.add_arguments(parser)
     if not getattr(module, "TAKES_OTHER_ARGUMENTS", False):
         return parser.parse_args(argv)
@@ -87,8 +106,15 @@ def _parse(module, name: str, argv: list[str]) -> argparse.Namespace:
 
 
 def _overview(names: list[str]) -> str:
-    """The general help. The commands' help lines are read from their source: importing them would take seconds."""
-    lines = ["usage: dsv4 COMMAND [-h] ...", "", "Serves DeepSeek-V4 through a stock SGLang.", "", "commands:"]
+    """The general help. The commands' help lines are read from their source: importing them would
+    take seconds."""
+    lines = [
+        "usage: dsv4 COMMAND [-h] ...",
+        "",
+        "Serves DeepSeek-V4 through a stock SGLang.",
+        "",
+        "commands:",
+    ]
     width = max(map(len, names), default=0)
     lines += [f"  {_spelled(name):<{width}}  {_help_line(name)}" for name in names]
     return "\n".join([*lines, "", "dsv4 COMMAND --help explains one."])

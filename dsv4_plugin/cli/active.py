@@ -1,7 +1,9 @@
-"""Show which implementation of every operator a server really runs, how often, and why the others do not.
+"""Show which implementation of every operator a server really runs, how often, and why the others
+do not.
 
-Without arguments: the server of this user that last wrote its report (see DSV4_REPORT). With --url the series of a server
-that was started with --enable-metrics are read, from any machine; they hold no reasons for what was never a choice.
+Without arguments: the server of this user that last wrote its report (see DSV4_REPORT). With --url
+the series of a server that was started with --enable-metrics are read, from any machine; they hold
+no reasons for what was never a choice.
 """
 
 from __future__ import annotations
@@ -36,13 +38,19 @@ def _from_file(arguments: argparse.Namespace):
     if arguments.port:
         path = default_path(arguments.port)
         if not path.exists():
-            raise ReportError(f"there is no {path}; no server of this user on port {arguments.port} has run a prefill and a "
-                              "decode yet, or DSV4_REPORT names another file: give it with --file")
+            raise ReportError(
+                f"there is no {path}; no server of this user on port {arguments.port} has run a"
+                " prefill and a decode yet, or DSV4_REPORT names another file: give it with --file"
+            )
         return Report.read(path)
-    written = sorted(reports_directory().glob("active-*.json"), key=lambda path: path.stat().st_mtime)
+    written = sorted(
+        reports_directory().glob("active-*.json"), key=lambda path: path.stat().st_mtime
+    )
     if not written:
-        raise ReportError(f"there is no report in {reports_directory()}; a server writes it after its first request. "
-                          "Give --file when DSV4_REPORT was set, or --url")
+        raise ReportError(
+            f"there is no report in {reports_directory()}; a server writes it after its first"
+            " request. Give --file when DSV4_REPORT was set, or --url"
+        )
     return Report.read(written[-1])
 
 
@@ -57,7 +65,9 @@ def from_url(url: str):
         with urllib.request.urlopen(address, timeout=10) as answer:
             body = answer.read().decode("utf-8")
     except urllib.error.HTTPError as error:
-        raise ReportError(f"{address} answers {error.code}; start the server with --enable-metrics") from None
+        raise ReportError(
+            f"{address} answers {error.code}; start the server with --enable-metrics"
+        ) from None
     except (urllib.error.URLError, ValueError) as error:
         raise ReportError(f"{address} cannot be read: {getattr(error, 'reason', error)}") from None
     return _parse(body, address)
@@ -74,19 +84,39 @@ def _parse(body: str, address: str):
         for sample in family.samples:
             labels = sample.labels
             if sample.name == "dsv4_path_info":
-                rows.append(Row(labels["operator"], labels["phase"], labels["layers"], labels["rows"], "",
-                                labels["implementation"], 0, {}, False))
+                rows.append(
+                    Row(
+                        labels["operator"],
+                        labels["phase"],
+                        labels["layers"],
+                        labels["rows"],
+                        "",
+                        labels["implementation"],
+                        0,
+                        {},
+                        False,
+                    )
+                )
             elif sample.name == "dsv4_calls_total":
-                calls[labels["operator"], labels["phase"], labels["layers"], labels["implementation"]] = int(sample.value)
+                calls[
+                    labels["operator"], labels["phase"], labels["layers"], labels["implementation"]
+                ] = int(sample.value)
             elif sample.name == "dsv4_fallback_total":
-                fallbacks.setdefault(labels["operator"], []).append(f"{labels['reason']} ({int(sample.value)} calls)")
+                fallbacks.setdefault(labels["operator"], []).append(
+                    f"{labels['reason']} ({int(sample.value)} calls)"
+                )
             elif sample.name == "dsv4_compile_after_ready_total":
                 compiles = int(sample.value)
     if not rows:
-        raise ReportError(f"{address} has no series of dsv4_plugin; it is a server without the plugin, or it has not run "
-                          "a prefill and a decode yet")
-    facts = {"server": address, "compiled after ready": compiles,
-             **{f"fell back: {operator}": "; ".join(reasons) for operator, reasons in fallbacks.items()}}
+        raise ReportError(
+            f"{address} has no series of dsv4_plugin; it is a server without the plugin, or it has"
+            " not run a prefill and a decode yet"
+        )
+    facts = {
+        "server": address,
+        "compiled after ready": compiles,
+        **{f"fell back: {operator}": "; ".join(reasons) for operator, reasons in fallbacks.items()},
+    }
     for row in rows:  # the calls are counted over all shapes: they go to the first
         row.calls = calls.pop((row.operator, row.phase, row.layer_kind, row.implementation), 0)
     return Report(facts, rows)

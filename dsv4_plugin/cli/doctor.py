@@ -1,4 +1,5 @@
-"""Look at this machine and say what is wrong: device, packages, switches, SGLang, seams, patches, caches.
+"""Look at this machine and say what is wrong: device, packages, switches, SGLang, seams, patches,
+caches.
 
 Nothing is changed. The exit status is 1 when something is wrong; each line says what to do.
 """
@@ -36,7 +37,13 @@ def _print(checks: list, wrong: int) -> None:
     table.add_column("found, and what to do", overflow="fold")
     for check in checks:
         advice = f"\n-> {check.advice}" if check.advice else ""
-        table.add_row(f"[{colour[check.status]}]{check.status}[/]", escape(check.name), escape(check.found + advice))
+        table.add_row(
+            f"[{colour[check.status]}]{check.status}[/]",
+            escape(check.name),
+            escape(check.found + advice),
+        )
     console = Console()
     console.print(table)
-    console.print(f"{wrong} of {len(checks)} wrong" if wrong else f"all well, {len(checks)} looked at")
+    console.print(
+        f"{wrong} of {len(checks)} wrong" if wrong else f"all well, {len(checks)} looked at"
+    )

@@ -1,6 +1,8 @@
-"""Print the table of switches: every variable, the value it has now, where that comes from, and what it means.
+"""Print the table of switches: every variable, the value it has now, where that comes from, and
+what it means.
 
-Nothing needs to be set: the defaults are the best settings. docs/flags.md is the output of `dsv4 flags --markdown`.
+Nothing needs to be set: the defaults are the best settings. docs/flags.md is the output of `dsv4
+flags --markdown`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,11 @@ import json
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
-    form.add_argument("--markdown", action="store_true", help="print docs/flags.md, which does not depend on the environment")
+    form.add_argument(
+        "--markdown",
+        action="store_true",
+        help="print docs/flags.md, which does not depend on the environment",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,8 +41,15 @@ def _row(flag) -> dict[str, object]:
 
     now = flags.setting(flag.name)
     values = flag.form if flag.form else list(flag.values)
-    return {"name": flag.name, "value": now.value, "source": now.source, "default": flag.default, "values": values,
-            "meaning": flag.meaning, "mirrors": flags.mirrors(flag.name)}
+    return {
+        "name": flag.name,
+        "value": now.value,
+        "source": now.source,
+        "default": flag.default,
+        "values": values,
+        "meaning": flag.meaning,
+        "mirrors": flags.mirrors(flag.name),
+    }
 
 
 def _print_table(flags) -> None:
@@ -49,10 +62,18 @@ def _print_table(flags) -> None:
     operators = Table("operator", "value", "from", "layers", "meaning", box=None, pad_edge=False)
     for flag in flags.FLAGS:
         now = flags.setting(flag.name)
-        cells, style = [flag.name, escape(now.value or "-"), escape(now.source)], "" if now.source == "default" else "bold"
+        cells, style = (
+            [flag.name, escape(now.value or "-"), escape(now.source)],
+            ("" if now.source == "default" else "bold"),
+        )
         if flag.name in operator_of:
             name = operator_of[flag.name]
-            operators.add_row(*cells, flags.read(flags.layers_flag(name)) or "all", flags.OPERATORS[name], style=style)
+            operators.add_row(
+                *cells,
+                flags.read(flags.layers_flag(name)) or "all",
+                flags.OPERATORS[name],
+                style=style,
+            )
         elif not flag.name.startswith(flags.LAYERS):
             general.add_row(*cells, escape(flag.meaning), style=style)
     console = Console()

@@ -1,7 +1,7 @@
 """List, check, apply or revert the source patches of SGLang that no hook can replace.
 
-None is needed to serve. Nothing is written without --write; a patch is applied and reverted byte for byte, and refused
-where SGLang's files are not as released.
+None is needed to serve. Nothing is written without --write; a patch is applied and reverted byte
+for byte, and refused where SGLang's files are not as released.
 """
 
 from __future__ import annotations
@@ -13,15 +13,23 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("list", "check", "apply", "revert"))
     parser.add_argument("names", nargs="*", metavar="NAME", help="patches to act on (default: all)")
-    parser.add_argument("--write", action="store_true", help="apply and revert: change the files (default: show what would change)")
-    parser.add_argument("--root", type=Path, help="directory of the sglang package (default: the installed one)")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="apply and revert: change the files (default: show what would change)",
+    )
+    parser.add_argument(
+        "--root", type=Path, help="directory of the sglang package (default: the installed one)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     from ..host import patches
 
     if arguments.write and arguments.action in ("list", "check"):
-        raise patches.PatchError(f"--write means nothing to {arguments.action}; it belongs to apply and revert")
+        raise patches.PatchError(
+            f"--write means nothing to {arguments.action}; it belongs to apply and revert"
+        )
     selected = list(patches.chosen(arguments.names, patches.patches()))
     root = arguments.root or patches.host_root()
     if not (root / "srt").is_dir():
@@ -35,9 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _list(selected: list, root: Path) -> int:
     for patch in selected:
-        print(f"{patch.name}: {patch.title} ({patch.state(root)})\n"
-              f"  for sglang {patch.versions}: {', '.join(patch.files)}\n  why: {patch.why}\n  without it: {patch.without}\n"
-              f"  upstream: {patch.upstream}\n  goes: {patch.removal}\n  test: {patch.test}")
+        print(
+            f"{patch.name}: {patch.title} ({patch.state(root)})\n  for sglang {patch.versions}:"
+            f" {', '.join(patch.files)}\n  why: {patch.why}\n  without it: {patch.without}\n "
+            f" upstream: {patch.upstream}\n  goes: {patch.removal}\n  test: {patch.test}"
+        )
     return 0
 
 
@@ -61,7 +71,8 @@ def _change(selected: list, root: Path, revert: bool, really: bool) -> int:
     from ..host import patches
 
     done = "reverted" if revert else "applied"
-    changes = [(patch, patch.apply(root, revert)) for patch in selected]  # all are checked before one is written
+    # all are checked before one is written
+    changes = [(patch, patch.apply(root, revert)) for patch in selected]
     for patch, files in changes:
         if not files:
             print(f"{patch.name}: nothing to do, it is {'not applied' if revert else 'applied'}")

@@ -1,7 +1,9 @@
-"""Check on this machine, with fresh random data, that every implementation agrees with its reference.
+"""Check on this machine, with fresh random data, that every implementation agrees with its
+reference.
 
-Run it before trusting a new image. Without a GPU the Triton kernels are interpreted, at small sizes. At the end a tiny
-checkpoint goes through the whole model. The exit status is 1 when a check fails.
+Run it before trusting a new image. Without a GPU the Triton kernels are interpreted, at small
+sizes. At the end a tiny checkpoint goes through the whole model. The exit status is 1 when a check
+fails.
 """
 
 from __future__ import annotations
@@ -18,10 +20,18 @@ class VerifyError(ValueError):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", help="fail at once unless this machine has this architecture, such as gfx950")
-    parser.add_argument("--op", action="append", metavar="OPERATOR", help="only this operator; may be repeated")
+    parser.add_argument(
+        "--arch", help="fail at once unless this machine has this architecture, such as gfx950"
+    )
+    parser.add_argument(
+        "--op", action="append", metavar="OPERATOR", help="only this operator; may be repeated"
+    )
     parser.add_argument("--quick", action="store_true", help="Pro shapes only, small steps only")
-    parser.add_argument("--seed", type=int, help="of the random data (default: a new one each time, which is printed)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="of the random data (default: a new one each time, which is printed)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -42,9 +52,15 @@ def run(arguments: argparse.Namespace) -> int:
     where = verify.machine()
     results = []
     if not arguments.json:
-        kind = "interpreted on the CPU at small sizes" if where.type == "cpu" else "on this GPU, one of eight ranks"
-        print(f"{device.arch()}, torch {device.package_version('torch')}, triton {device.package_version('triton')}; "
-              f"kernels {kind}; --seed {seed}")
+        kind = (
+            "interpreted on the CPU at small sizes"
+            if where.type == "cpu"
+            else "on this GPU, one of eight ranks"
+        )
+        print(
+            f"{device.arch()}, torch {device.package_version('torch')}, triton"
+            f" {device.package_version('triton')}; kernels {kind}; --seed {seed}"
+        )
         _line("operator", "implementation", "case", "error", "allowed", "ms", "reference", "")
     checks = verify.verify_operators(names, where, arguments.quick, seed)
     for result in checks:
@@ -77,11 +93,30 @@ def _show(result, quiet: bool) -> None:
     if quiet:
         return
     if not hasattr(result, "error"):
-        _line(result.subject, result.implementation, "-", "-", "-", "-", "-", f"not run: {result.reason}")
+        _line(
+            result.subject,
+            result.implementation,
+            "-",
+            "-",
+            "-",
+            "-",
+            "-",
+            f"not run: {result.reason}",
+        )
         return
-    times = ["-" if each is None else f"{each * 1e3:.3g}" for each in (result.seconds, result.reference_seconds)]
-    _line(result.subject, result.implementation, result.case, f"{result.error:.1e}", f"{result.tolerance.limit:.0e}", *times,
-          "ok" if result.passed else f"WRONG {result.note}")
+    times = [
+        "-" if each is None else f"{each * 1e3:.3g}"
+        for each in (result.seconds, result.reference_seconds)
+    ]
+    _line(
+        result.subject,
+        result.implementation,
+        result.case,
+        f"{result.error:.1e}",
+        f"{result.tolerance.limit:.0e}",
+        *times,
+        "ok" if result.passed else f"WRONG {result.note}",
+    )
 
 
 def _conclude(results: list, names: list[str], seed: int, as_json: bool) -> int:
@@ -92,11 +127,20 @@ def _conclude(results: list, names: list[str], seed: int, as_json: bool) -> int:
     if as_json:
         from dataclasses import asdict
 
-        rows = [asdict(result) | ({"passed": result.passed, "error": min(result.error, 1e308)} if hasattr(result, "error") else {})
-                for result in results]
+        rows = [
+            asdict(result)
+            | (
+                {"passed": result.passed, "error": min(result.error, 1e308)}
+                if hasattr(result, "error")
+                else {}
+            )
+            for result in results
+        ]
         print(json.dumps({"seed": seed, "results": rows, "reference only": alone}, indent=1))
         return 1 if wrong else 0
-    for why in sorted({f"{result.tolerance.limit:.0e}: {result.tolerance.why}" for result in checks}):
+    for why in sorted(
+        {f"{result.tolerance.limit:.0e}: {result.tolerance.why}" for result in checks}
+    ):
         print(f"allowed {why}")
     if alone:
         print(f"only their reference runs here: {', '.join(alone)}")
@@ -109,8 +153,12 @@ def _conclude(results: list, names: list[str], seed: int, as_json: bool) -> int:
 def _complaint(result) -> str:
     from .. import flags
 
-    off = result.note if result.error == float("inf") and result.note else f"error {result.error:.2e}"
+    off = (
+        result.note if result.error == float("inf") and result.note else f"error {result.error:.2e}"
+    )
     if result.subject == "model":
         return f"the model is wrong: {result.case}, {off}"
-    return (f"{result.subject} is wrong in {result.implementation} ({result.case}): {off}; until that is mended set "
-            f"{flags.operator_flag(result.subject)}=reference")
+    return (
+        f"{result.subject} is wrong in {result.implementation} ({result.case}): {off}; until that"
+        f" is mended set {flags.operator_flag(result.subject)}=reference"
+    )

@@ -1,7 +1,8 @@
 """What the installed host does with launch options and environment names, asked of the host itself.
 
-SGLang's parser takes abbreviations, keeps only the last of a repeated option, and ignores environment names it does not know.
-A recipe that relies on any of that says something other than what runs, so each is a problem here.
+SGLang's parser takes abbreviations, keeps only the last of a repeated option, and ignores
+environment names it does not know. A recipe that relies on any of that says something other than
+what runs, so each is a problem here.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def host_version() -> str:
 
 
 def argument_problems(words: Sequence[str]) -> list[str]:
-    """Why the installed host would refuse, drop or reinterpret these command-line words; empty when it would do neither.
+    """Why the installed host would refuse, drop or reinterpret these command-line words; empty when
+    it would do neither.
 
     `words` are a server's arguments with the model's. Parsing only: nothing is loaded.
     """
@@ -69,11 +71,17 @@ def argument_problems(words: Sequence[str]) -> list[str]:
             problems.append(_unknown(name, actions))
             continue
         if action.dest in seen:
-            problems.append(f"{name} is given twice ({seen[action.dest]} before it); the host keeps the last and drops the other")
+            problems.append(
+                f"{name} is given twice ({seen[action.dest]} before it); the host keeps the last"
+                " and drops the other"
+            )
         seen[action.dest] = name
         if type(action).__name__.startswith("Deprecated"):
             replacement = getattr(action, "new_flag", None)
-            problems.append(f"{name} is deprecated in SGLang {host_version()}; " + (f"use {replacement}" if replacement else "it does nothing"))
+            problems.append(
+                f"{name} is deprecated in SGLang {host_version()}; "
+                + (f"use {replacement}" if replacement else "it does nothing")
+            )
     if not problems:
         try:
             _parser().parse_args(list(words))
@@ -87,7 +95,9 @@ def _unknown(name: str, known: Iterable[str]) -> str:
     if longer:
         return f"{name} is an abbreviation of {', '.join(longer)}; write the whole option"
     near = difflib.get_close_matches(name, list(known), n=1)
-    return f"{name} is no option of SGLang {host_version()}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{name} is no option of SGLang {host_version()}" + (
+        f"; did you mean {near[0]}?" if near else ""
+    )
 
 
 def environment_problems(environment: Mapping[str, str]) -> list[str]:
@@ -101,8 +111,10 @@ def environment_problems(environment: Mapping[str, str]) -> list[str]:
                 problems.append(str(error))
         elif not name.startswith(FOREIGN_PREFIXES) and not _host_reads(name):
             near = difflib.get_close_matches(name, _declared_names(), n=1)
-            problems.append(f"{name} is read neither by SGLang {host_version()} nor by this plugin"
-                            + (f"; did you mean {near[0]}?" if near else ""))
+            problems.append(
+                f"{name} is read neither by SGLang {host_version()} nor by this plugin"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
     if not problems:
         try:
             flags.check(environment)  # contradictions between variables
@@ -124,12 +136,18 @@ def _host_reads(name: str) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _names_in_source() -> frozenset[str]:
-    """SGLANG_* words anywhere in the host's source: some variables are read without being declared."""
+    """SGLANG_* words anywhere in the host's source: some variables are read without being
+    declared."""
     import sglang
 
     words: set[str] = set()
     for path in Path(sglang.__file__).parent.rglob("*.py"):
-        words.update(re.findall(r"""["'](SGLANG_[A-Z0-9_]+)["']""", path.read_text(encoding="utf-8", errors="ignore")))
+        words.update(
+            re.findall(
+                r"""["'](SGLANG_[A-Z0-9_]+)["']""",
+                path.read_text(encoding="utf-8", errors="ignore"),
+            )
+        )
     return frozenset(words)
 
 
@@ -145,13 +163,17 @@ class Resolution(NamedTuple):
 def resolve(launches: Sequence[Sequence[str]]) -> list[Resolution]:
     """What the host and this plugin make of each launch's words.
 
-    `--model-path` must be a directory that holds a config.json; no weight and no tokenizer is read. Resolution writes to the
-    environment and to the host's globals, so each launch is resolved in a process of its own. It asks for what this
-    machine has: branches for GPUs that are not here are not taken.
+    `--model-path` must be a directory that holds a config.json; no weight and no tokenizer is read.
+    Resolution writes to the environment and to the host's globals, so each launch is resolved in a
+    process of its own. It asks for what this machine has: branches for GPUs that are not here are
+    not taken.
     """
-    # Forked from a server process that has imported the host and runs no thread: a fork of this process could hang.
+    # Forked from a server process that has imported the host and runs no thread: a fork of this
+    # process could hang.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "sglang.srt.server_args", "sglang.srt.arg_groups.pipeline"])
+    context.set_forkserver_preload(
+        [__name__, "sglang.srt.server_args", "sglang.srt.arg_groups.pipeline"]
+    )
     answers = []
     for words in launches:
         with ProcessPoolExecutor(1, context) as process:
@@ -182,13 +204,18 @@ def _resolve(words: list[str]) -> Resolution:
         # The chunk is a budget of all attention groups together, and the host shares it out.
         shared = action.dest == "chunked_prefill_size" and got * resolved["attn_dp_size"] == wanted
         if got != wanted and not shared:
-            problems.append(f"{word} {wanted} would become {got}: SGLang {host_version()} overrides it for this model")
+            problems.append(
+                f"{word} {wanted} would become {got}: SGLang {host_version()} overrides it for this"
+                " model"
+            )
     return Resolution(problems, _refusal(SimpleNamespace(**resolved)))
 
 
 def _refusal(resolved: SimpleNamespace) -> str:
-    """The sentence with which the start-up of this plugin refuses resolved arguments; called in a process of its own."""
-    os.environ["DSV4_DEVICE"] = "cpu" if resolved.device == "cpu" else "auto"  # as `dsv4 serve` sets it
+    """The sentence with which the start-up of this plugin refuses resolved arguments; called in a
+    process of its own."""
+    # as `dsv4 serve` sets it
+    os.environ["DSV4_DEVICE"] = "cpu" if resolved.device == "cpu" else "auto"
     try:
         launch.check_arguments(resolved)
     except launch.LaunchError as error:

@@ -1,7 +1,8 @@
 """What is checked and set before any worker starts.
 
-`check_checkpoint` and `check_port` need no SGLang, so that `dsv4 serve` refuses in seconds. However the server is
-started, the host calls `check_source` and `resolve` while it resolves its arguments in the main process.
+`check_checkpoint` and `check_port` need no SGLang, so that `dsv4 serve` refuses in seconds. However
+the server is started, the host calls `check_source` and `resolve` while it resolves its arguments
+in the main process.
 """
 
 from __future__ import annotations
@@ -49,16 +50,23 @@ _UNSUPPORTED = (
     ("--kv-cache-dtype", lambda cfg: cfg.kv_cache_dtype not in ("auto", "fp8_e4m3")),
     ("--json-model-override-args", lambda cfg: cfg.json_model_override_args not in ("", "{}")),
 )
-"""Arguments of the host that this package does not act on, and when they ask for something it does not do."""
+"""Arguments of the host that this package does not act on, and when they ask for something it does
+not do."""
 
 
 def is_hub_name(model_path: str) -> bool:
-    """Whether `model_path` can only be a name on the Hugging Face hub, as "owner/name" with no such directory here."""
-    return model_path.count("/") == 1 and not model_path.startswith((".", "/", "~")) and not Path(model_path).exists()
+    """Whether `model_path` can only be a name on the Hugging Face hub, as "owner/name" with no such
+    directory here."""
+    return (
+        model_path.count("/") == 1
+        and not model_path.startswith((".", "/", "~"))
+        and not Path(model_path).exists()
+    )
 
 
 def check_checkpoint(model_path: str, tp_size: int = 1, ep_size: int = 1) -> None:
-    """Config, weight files (headers only) and parallel layout of the model in directory `model_path`.
+    """Config, weight files (headers only) and parallel layout of the model in directory
+    `model_path`.
 
     Raises LaunchError, ConfigError, CheckpointError or ParallelError.
     """
@@ -66,36 +74,48 @@ def check_checkpoint(model_path: str, tp_size: int = 1, ep_size: int = 1) -> Non
         raise LaunchError(f"--ep-size {ep_size} does not divide --tp-size {tp_size}")
     geometry = Geometry.from_dir(model_path)
     attention, expert = Group(size=tp_size), Group(size=ep_size)
-    Parallel(attention, expert, Group(size=tp_size // ep_size), attention, attention).check(geometry)
+    Parallel(attention, expert, Group(size=tp_size // ep_size), attention, attention).check(
+        geometry
+    )
     CheckpointFiles(model_path).check(geometry)
 
 
 def check_port(host: str, port: int) -> None:
     """Raises LaunchError when `port` cannot be bound on `host`."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        raise LaunchError(f"port {port} on {host} cannot be served on ({os.strerror(error.errno) if error.errno else error}); "
-                          "give a free one with --port") from None
+        raise LaunchError(
+            f"port {port} on {host} cannot be served on"
+            f" ({os.strerror(error.errno) if error.errno else error}); give a free one with --port"
+        ) from None
 
 
 def check_arguments(cfg: Any) -> None:
-    """Raises LaunchError for the first of the host's resolved arguments that this package cannot serve with."""
+    """Raises LaunchError for the first of the host's resolved arguments that this package cannot
+    serve with."""
     for name, is_set in _UNSUPPORTED:
         if is_set(cfg):
-            raise LaunchError(f"{name} asks for what dsv4_plugin does not do. Leave it out, or set DSV4_PLUGIN=0 to "
-                              "serve with SGLang's own DeepSeek-V4")
+            raise LaunchError(
+                f"{name} asks for what dsv4_plugin does not do. Leave it out, or set DSV4_PLUGIN=0"
+                " to serve with SGLang's own DeepSeek-V4"
+            )
     wanted = flags.read("DSV4_DEVICE")
     if (cfg.device == "cpu") != (wanted == "cpu"):
-        raise LaunchError(f"the device is {cfg.device} while DSV4_DEVICE={wanted}; serving on a CPU needs both "
-                          "--device cpu and DSV4_DEVICE=cpu, which `dsv4 serve MODEL --cpu` sets")
+        raise LaunchError(
+            f"the device is {cfg.device} while DSV4_DEVICE={wanted}; serving on a CPU needs both "
+            "--device cpu and DSV4_DEVICE=cpu, which `dsv4 serve MODEL --cpu` sets"
+        )
 
 
 def check_source(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Wraps the host's step that finds the model: refuses a DeepSeek-V4 model that cannot be served.
+    """Wraps the host's step that finds the model: refuses a DeepSeek-V4 model that cannot be
+    served.
 
     The first step that knows the model, and before the host parses its config.json.
     """
@@ -123,7 +143,8 @@ def _is_deepseek_v4(model_path: str) -> bool:
 
 
 def resolve(server_args: Any, hf_config: Any) -> dict[str, Any]:
-    """Called by the host for a DeepSeek-V4 model: refuses arguments that cannot be served, returns those we decide.
+    """Called by the host for a DeepSeek-V4 model: refuses arguments that cannot be served, returns
+    those we decide.
 
     All plugins have loaded by then, so this is where the main process verifies the ledger.
     """
@@ -145,7 +166,10 @@ def resolve(server_args: Any, hf_config: Any) -> dict[str, Any]:
 def _without_graphs(cfg: Any) -> dict[str, Any]:
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
-    logger.info("dsv4_plugin: graph capture is off; the step plan of this version is built outside graphs only")
+    logger.info(
+        "dsv4_plugin: graph capture is off; the step plan of this version is built outside graphs"
+        " only"
+    )
     config = cfg.cuda_graph_config
     for phase in (Phase.DECODE, Phase.PREFILL):
         config = with_phase(config, phase, backend=Backend.DISABLED)
@@ -153,7 +177,8 @@ def _without_graphs(cfg: Any) -> dict[str, Any]:
 
 
 def start_server(arguments: list[str]) -> None:
-    """Runs the host's own server in this process with the arguments of its command line; returns when it ends."""
+    """Runs the host's own server in this process with the arguments of its command line; returns
+    when it ends."""
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args

@@ -1,7 +1,8 @@
 """What a seam is, which of them this process took, and whether they hold.
 
-SGLang swallows a plugin's exceptions and logs a missing hook target: a plugin that did not load looks exactly like the
-stock server. So each seam says how it is verified, and `verify` is called where the process depends on it.
+SGLang swallows a plugin's exceptions and logs a missing hook target: a plugin that did not load
+looks exactly like the stock server. So each seam says how it is verified, and `verify` is called
+where the process depends on it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Seam:
     """What the host must offer for this record to go."""
     test: str
     value: Any
-    """Kept here and not looked up by name: the host's hooks rewrite every module's name of what they replace."""
+    """Kept here and not looked up by name: the host's hooks rewrite every module's name of what
+    they replace."""
     take: Callable[[Any], object]
     found: Callable[[], Iterable[Any]]
     """What the host has there now."""
@@ -59,14 +61,15 @@ def taken() -> tuple[Seam, ...]:
 def verify(where: str) -> None:
     """Checks by identity that every seam of this process holds.
 
-    One that does not, for example because another plugin took it later, is logged as an error; with DSV4_STRICT=1
-    it raises LedgerError. `where` says in the message at what point this was found.
+    One that does not, for example because another plugin took it later, is logged as an error; with
+    DSV4_STRICT=1 it raises LedgerError. `where` says in the message at what point this was found.
     """
     unmet = [seam for seam in _TAKEN if not seam.holds()]
     if not unmet:
         return
     message = f"dsv4_plugin: {where}, {len(unmet)} of its seams do not hold: " + "; ".join(
-        f"{seam.target} ({seam.why})" for seam in unmet)
+        f"{seam.target} ({seam.why})" for seam in unmet
+    )
     if flags.enabled("DSV4_STRICT"):
         raise LedgerError(message)
     logger.error(message)

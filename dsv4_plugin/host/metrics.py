@@ -1,4 +1,5 @@
-"""What ran, told by the serving process: in its log when both phases have run, in a JSON file, and on /metrics.
+"""What ran, told by the serving process: in its log when both phases have run, in a JSON file, and
+on /metrics.
 
 The file and the gauges are refreshed at most every few seconds, off the serving thread.
 """
@@ -26,7 +27,8 @@ PLACE = ("operator", "phase", "layers", "rows")
 
 
 class Recorder:
-    """Counts steps of one model and publishes what they ran. Only the first rank of a server publishes."""
+    """Counts steps of one model and publishes what they ran. Only the first rank of a server
+    publishes."""
 
     def __init__(self):
         args = get_server_args()
@@ -37,12 +39,23 @@ class Recorder:
         self._timer: threading.Timer | None = None
         self._compiles = CompileCounter(self)
         self._series = Series() if "PROMETHEUS_MULTIPROC_DIR" in os.environ else None
-        self._facts = {"model": args.model_path, "port": args.port, "pid": os.getpid(), "device": device.arch(),
-                       "sglang": installed(), "torch": device.package_version("torch"),
-                       "triton": device.package_version("triton"),
-                       "flags": " ".join(f"{flag.name}={flags.read(flag.name)}" for flag in flags.FLAGS
-                                         if flags.setting(flag.name).source != "default" and flag.name != flags.ADOPTED)
-                       or "none"}
+        self._facts = {
+            "model": args.model_path,
+            "port": args.port,
+            "pid": os.getpid(),
+            "device": device.arch(),
+            "sglang": installed(),
+            "torch": device.package_version("torch"),
+            "triton": device.package_version("triton"),
+            "flags": (
+                " ".join(
+                    f"{flag.name}={flags.read(flag.name)}"
+                    for flag in flags.FLAGS
+                    if flags.setting(flag.name).source != "default" and flag.name != flags.ADOPTED
+                )
+                or "none"
+            ),
+        }
 
     def step(self, phase: str) -> None:
         """Notes that a step of `phase` has run."""
@@ -52,7 +65,10 @@ class Recorder:
             self._phases.add(phase)
             self.ready = {"prefill", "decode"} <= self._phases
             if self.ready:
-                logger.info("dsv4_plugin: what runs, after the first prefill and decode\n%s", report.text(self.report()))
+                logger.info(
+                    "dsv4_plugin: what runs, after the first prefill and decode\n%s",
+                    report.text(self.report()),
+                )
                 self.publish()
         if self._timer is None:
             self._timer = threading.Timer(INTERVAL, self._refresh)
@@ -61,11 +77,18 @@ class Recorder:
 
     def report(self) -> report.Report:
         """The report of this moment."""
-        return report.Report({**self._facts, "written": time.strftime("%Y-%m-%d %H:%M:%S"),
-                              "compiled after ready": self._compiles.count}, report_rows())
+        return report.Report(
+            {
+                **self._facts,
+                "written": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "compiled after ready": self._compiles.count,
+            },
+            report_rows(),
+        )
 
     def publish(self) -> None:
-        """Writes the report and sets the gauges. A file that cannot be written is said once and given up."""
+        """Writes the report and sets the gauges. A file that cannot be written is said once and
+        given up."""
         now = self.report()
         if self._series is not None:
             self._series.set(now.rows, self._compiles.count)
@@ -73,8 +96,12 @@ class Recorder:
             if self._publishes:
                 now.write(self.path)
         except OSError as error:
-            logger.error("dsv4_plugin: the report of what ran cannot be written to %s: %s; set DSV4_REPORT to a "
-                         "path that can", self.path, error)
+            logger.error(
+                "dsv4_plugin: the report of what ran cannot be written to %s: %s; set DSV4_REPORT"
+                " to a path that can",
+                self.path,
+                error,
+            )
             self._publishes = False
 
     def _refresh(self) -> None:
@@ -83,7 +110,8 @@ class Recorder:
 
 
 class CompileCounter:
-    """Counts kernels that Triton compiles once the server is ready: each is a stall that a user feels."""
+    """Counts kernels that Triton compiles once the server is ready: each is a stall that a user
+    feels."""
 
     def __init__(self, recorder: Recorder):
         self.count = 0
@@ -95,10 +123,15 @@ class CompileCounter:
         self._before = knobs.compilation.listener
         knobs.compilation.listener = self._compiled
 
-    def _compiled(self, *, src: Any, metadata: dict[str, Any], cache_hit: bool, **rest: Any) -> None:
+    def _compiled(
+        self, *, src: Any, metadata: dict[str, Any], cache_hit: bool, **rest: Any
+    ) -> None:
         if self._recorder.ready and not cache_hit:
             self.count += 1
-            logger.warning("dsv4_plugin: compiled %s while serving; requests waited for it", metadata.get("name"))
+            logger.warning(
+                "dsv4_plugin: compiled %s while serving; requests waited for it",
+                metadata.get("name"),
+            )
         if self._before is not None:
             self._before(src=src, metadata=metadata, cache_hit=cache_hit, **rest)
 
@@ -107,15 +140,27 @@ class Series:
     """The Prometheus series, in the host's multi-process registry."""
 
     def __init__(self):
-        # prometheus_client chooses its multi-process mode when it is imported, which must follow the host's set-up.
+        # prometheus_client chooses its multi-process mode when it is imported, which must follow
+        # the host's set-up.
         from prometheus_client import Counter, Gauge
 
-        self._path = Gauge("dsv4_path_info", "1 for each operator, phase, kind of layer and rows that ran, by implementation",
-                           (*PLACE, "implementation"), multiprocess_mode="mostrecent")
-        self._calls = Counter("dsv4_calls", "Calls of an operator's implementation",
-                              ("operator", "phase", "layers", "implementation"))
-        self._fallback = Counter("dsv4_fallback", "Calls that ran the reference because an implementation that this "
-                                 "machine offers refused their arguments", ("operator", "reason"))
+        self._path = Gauge(
+            "dsv4_path_info",
+            "1 for each operator, phase, kind of layer and rows that ran, by implementation",
+            (*PLACE, "implementation"),
+            multiprocess_mode="mostrecent",
+        )
+        self._calls = Counter(
+            "dsv4_calls",
+            "Calls of an operator's implementation",
+            ("operator", "phase", "layers", "implementation"),
+        )
+        self._fallback = Counter(
+            "dsv4_fallback",
+            "Calls that ran the reference because an implementation that this "
+            "machine offers refused their arguments",
+            ("operator", "reason"),
+        )
         self._compiles = Counter("dsv4_compile_after_ready", "Kernels compiled while serving")
         self._last: dict[tuple, int] = {}
 
@@ -129,7 +174,9 @@ class Series:
             grown = self._grown(key, row.calls)
             self._calls.labels(*place, row.implementation).inc(grown)
             if row.fallback:
-                self._fallback.labels(row.operator, "; ".join(f"{n}: {why}" for n, why in row.rejected.items())).inc(grown)
+                self._fallback.labels(
+                    row.operator, "; ".join(f"{n}: {why}" for n, why in row.rejected.items())
+                ).inc(grown)
 
     def _grown(self, key: tuple, total: int) -> int:
         before = self._last.get(key, 0)

@@ -17,8 +17,13 @@ def _group(coordinator) -> Group:
 
 
 def host_parallel() -> Parallel:
-    """This worker's layout: heads over attention TP, experts over MoE EP and TP, shared expert and vocabulary over TP."""
+    """This worker's layout: heads over attention TP, experts over MoE EP and TP, shared expert and
+    vocabulary over TP."""
     groups = get_parallel()
-    return Parallel(attention=_group(groups.attn_tp_group), expert=_group(groups.moe_ep_group),
-                    expert_tensor=_group(groups.moe_tp_group), shared=_group(groups.tp_group),
-                    vocab=_group(groups.tp_group))
+    return Parallel(
+        attention=_group(groups.attn_tp_group),
+        expert=_group(groups.moe_ep_group),
+        expert_tensor=_group(groups.moe_tp_group),
+        shared=_group(groups.tp_group),
+        vocab=_group(groups.tp_group),
+    )

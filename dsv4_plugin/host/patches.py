@@ -1,8 +1,8 @@
 """Source patches of the host, for what no hook reaches: applied by the user, never by a server.
 
-A record `patches/NAME.yaml` says what is changed, why, and how it will go; `patches/NAME.patch` is the change as upstream
-would take it. Every file is known by its hash before and after, so a patch is applied and reverted byte for byte, and on
-any other content it is refused.
+A record `patches/NAME.yaml` says what is changed, why, and how it will go; `patches/NAME.patch` is
+the change as upstream would take it. Every file is known by its hash before and after, so a patch
+is applied and reverted byte for byte, and on any other content it is refused.
 """
 
 from __future__ import annotations
@@ -46,18 +46,23 @@ class Patch:
     diff: str
 
     def state(self, root: Path) -> str:
-        """APPLIED, NOT_APPLIED or DRIFTED (some file is neither as released nor as patched) in the package at `root`."""
+        """APPLIED, NOT_APPLIED or DRIFTED (some file is neither as released nor as patched) in the
+        package at `root`."""
         found = {_side(root / path, hashes) for path, hashes in self.files.items()}
-        return {frozenset({"original"}): NOT_APPLIED, frozenset({"patched"}): APPLIED}.get(frozenset(found), DRIFTED)
+        return {frozenset({"original"}): NOT_APPLIED, frozenset({"patched"}): APPLIED}.get(
+            frozenset(found), DRIFTED
+        )
 
     def drift(self, root: Path) -> list[str]:
         """Files that are neither as released nor as patched."""
         return [path for path, hashes in self.files.items() if _side(root / path, hashes) is None]
 
     def apply(self, root: Path, revert: bool = False) -> dict[str, bytes]:
-        """The files of the package at `root` as they are after applying (or reverting) this patch; nothing is written.
+        """The files of the package at `root` as they are after applying (or reverting) this patch;
+        nothing is written.
 
-        Empty when that is their state already. Raises PatchError for drift, and for a damaged patch.
+        Empty when that is their state already. Raises PatchError for drift, and for a damaged
+        patch.
         """
         wanted = NOT_APPLIED if revert else APPLIED
         state = self.state(root)
@@ -65,17 +70,28 @@ class Patch:
             return {}
         if state == DRIFTED:
             drift = self.drift(root)
-            what = f"{', '.join(drift)} is neither as released nor as patched" if drift else "only some of its files are patched"
-            raise PatchError(f"{self.name}: {what} in {root}; nothing was changed. Reinstall sglang {self.versions} "
-                             "(pip install --force-reinstall --no-deps), then apply it again")
+            what = (
+                f"{', '.join(drift)} is neither as released nor as patched"
+                if drift
+                else "only some of its files are patched"
+            )
+            raise PatchError(
+                f"{self.name}: {what} in {root}; nothing was changed. Reinstall sglang"
+                f" {self.versions} (pip install --force-reinstall --no-deps), then apply it again"
+            )
         result = {}
         for path, hunks in _hunks(self.name, self.diff).items():
             result[path] = _changed(self.name, path, (root / path).read_bytes(), hunks, revert)
             if _hash(result[path]) != self.files[path]["original" if revert else "patched"]:
-                raise PatchError(f"{self.name}: its .patch file does not give the content that its record names; "
-                                 "it is damaged, reinstall dsv4_plugin")
+                raise PatchError(
+                    f"{self.name}: its .patch file does not give the content that its record names;"
+                    " it is damaged, reinstall dsv4_plugin"
+                )
         if set(result) != set(self.files):
-            raise PatchError(f"{self.name}: its .patch file changes other files than its record names; reinstall dsv4_plugin")
+            raise PatchError(
+                f"{self.name}: its .patch file changes other files than its record names; reinstall"
+                " dsv4_plugin"
+            )
         return result
 
 
@@ -85,8 +101,13 @@ def patches(where: Path | None = None) -> list[Patch]:
     found = []
     for record in sorted(where.glob("*.yaml")):
         try:
-            found.append(Patch(record.stem, diff=record.with_suffix(".patch").read_text(encoding="utf-8"),
-                               **yaml.safe_load(record.read_text(encoding="utf-8"))))
+            found.append(
+                Patch(
+                    record.stem,
+                    diff=record.with_suffix(".patch").read_text(encoding="utf-8"),
+                    **yaml.safe_load(record.read_text(encoding="utf-8")),
+                )
+            )
         except (TypeError, yaml.YAMLError, OSError) as error:
             raise PatchError(f"{record} is damaged: {error}; reinstall dsv4_plugin") from None
     if not found:
@@ -95,7 +116,8 @@ def patches(where: Path | None = None) -> list[Patch]:
 
 
 def host_root() -> Path:
-    """Directory of the installed sglang package, which is not imported. Raises PatchError when there is none."""
+    """Directory of the installed sglang package, which is not imported. Raises PatchError when
+    there is none."""
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations:
         raise PatchError("SGLang is not installed in this Python; there is nothing to patch")
@@ -158,7 +180,10 @@ def _hunks(name: str, diff: str) -> dict[str, list[_Hunk]]:
             hunk.old += [line[1:]] if line[0] != "+" else []
             hunk.new += [line[1:]] if line[0] != "-" else []
         else:
-            raise PatchError(f"{name}: {line.strip()!r} is no line of a patch; it is damaged, reinstall dsv4_plugin")
+            raise PatchError(
+                f"{name}: {line.strip()!r} is no line of a patch; it is damaged, reinstall"
+                " dsv4_plugin"
+            )
     return files
 
 
@@ -170,9 +195,11 @@ def _changed(name: str, path: str, content: bytes, hunks: list[_Hunk], revert: b
         before, after = (hunk.new, hunk.old) if revert else (hunk.old, hunk.new)
         start = hunk.start + (moved if revert else 0)
         moved += len(hunk.new) - len(hunk.old)
-        if lines[start:start + len(before)] != before:
-            raise PatchError(f"{name}: {path} does not hold what the patch changes at line {start + 1}; it is damaged, "
-                             "reinstall dsv4_plugin")
+        if lines[start : start + len(before)] != before:
+            raise PatchError(
+                f"{name}: {path} does not hold what the patch changes at line {start + 1}; it is"
+                " damaged, reinstall dsv4_plugin"
+            )
         result += lines[at:start] + after
         at = start + len(before)
     return "".join(result + lines[at:]).encode("utf-8")

@@ -1,7 +1,8 @@
 """CPU platform for SGLang, active only when DSV4_DEVICE=cpu.
 
-SGLang's own CPU path needs a CPU build of sgl_kernel, which no registry carries. As an out-of-tree platform on device
-"cpu" the unmodified wheel serves on any machine: this package needs none of those kernels.
+SGLang's own CPU path needs a CPU build of sgl_kernel, which no registry carries. As an out-of-tree
+platform on device "cpu" the unmodified wheel serves on any machine: this package needs none of
+those kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from .refusal import refuse
 
 
 def activate() -> str | None:
-    """Entry point of group `sglang.srt.platforms`: the platform's class path when asked for, else None."""
+    """Entry point of group `sglang.srt.platforms`: the platform's class path when asked for, else
+    None."""
     try:
         wanted = flags.enabled("DSV4_PLUGIN") and flags.read("DSV4_DEVICE") == "cpu"
     except flags.FlagError as error:

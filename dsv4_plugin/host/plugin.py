@@ -1,4 +1,5 @@
-"""Entry point of group `sglang.srt.plugins`: takes the host's seams, in every process that serves."""
+"""Entry point of group `sglang.srt.plugins`: takes the host's seams, in every process that
+serves."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ from .refusal import refuse
 
 
 def register() -> None:
-    """Makes this process serve DeepSeek-V4 with this package; with DSV4_PLUGIN=0 it does nothing at all.
+    """Makes this process serve DeepSeek-V4 with this package; with DSV4_PLUGIN=0 it does nothing at
+    all.
 
-    An unknown flag, an unsupported host or a seam that cannot be taken ends the process with one line.
+    An unknown flag, an unsupported host or a seam that cannot be taken ends the process with one
+    line.
     """
     try:
         if not flags.enabled("DSV4_PLUGIN"):

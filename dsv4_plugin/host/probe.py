@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 
 
 def probe_if_asked(model: DeepseekV4) -> None:
-    """With DSV4_PROBE=1, checks the loaded `model` against its references before the server can become ready.
+    """With DSV4_PROBE=1, checks the loaded `model` against its references before the server can
+    become ready.
 
     A mismatch ends the process with one line that names operator and layer.
     """
@@ -25,8 +26,21 @@ def probe_if_asked(model: DeepseekV4) -> None:
         found = probe(model)
     except ProbeError as error:
         refuse(error)
-    what = ", ".join(f"{name} in {implementation}" for name, implementation in found.compared.items())
-    logger.info("dsv4_plugin: probe of %d tokens passed in %.1f s: layers %s, %s", found.tokens, time.perf_counter() - start,
-                ", ".join(map(str, found.layers)),
-                f"{found.calls} calls compared ({what}), the worst error {found.worst:.0%} of what is allowed" if what
-                else "every operator runs its reference, so the logits were checked to be finite and nothing else")
+    what = ", ".join(
+        f"{name} in {implementation}" for name, implementation in found.compared.items()
+    )
+    logger.info(
+        "dsv4_plugin: probe of %d tokens passed in %.1f s: layers %s, %s",
+        found.tokens,
+        time.perf_counter() - start,
+        ", ".join(map(str, found.layers)),
+        (
+            f"{found.calls} calls compared ({what}), the worst error {found.worst:.0%} of what is"
+            " allowed"
+            if what
+            else (
+                "every operator runs its reference, so the logits were checked to be finite and"
+                " nothing else"
+            )
+        ),
+    )

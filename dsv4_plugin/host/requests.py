@@ -14,14 +14,17 @@ host_validation = TokenizerManager._validate_one_request
 def validate_request(manager: TokenizerManager, request: Any, input_ids: list[int] | None) -> None:
     """The host's check of a request, then one of its own: every token id is in the vocabulary.
 
-    The host lets other ids through, and the first lookup of one ends the scheduler for everybody. Raises ValueError,
-    which the host answers with status 400.
+    The host lets other ids through, and the first lookup of one ends the scheduler for everybody.
+    Raises ValueError, which the host answers with status 400.
     """
     host_validation(manager, request, input_ids)
     vocab_size = manager.model_config.vocab_size
     outside = next((token for token in input_ids or () if not 0 <= token < vocab_size), None)
     if outside is not None:
-        raise ValueError(f"token id {outside} is outside the model's vocabulary; valid ids are 0 to {vocab_size - 1}")
+        raise ValueError(
+            f"token id {outside} is outside the model's vocabulary; valid ids are 0 to"
+            f" {vocab_size - 1}"
+        )
 
 
 DOOR = Seam(

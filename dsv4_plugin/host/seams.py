@@ -1,4 +1,5 @@
-"""Every place where this package reaches into SGLang, one record each. That of the requests' door is in requests.py."""
+"""Every place where this package reaches into SGLang, one record each. That of the requests' door
+is in requests.py."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _POOL = "the DeepSeek-V4 KV pool"
 
 
 def _allow_pool_on_cpu(platform, *, subsystem: str) -> None:
-    """The host's `reject_out_of_tree_path`, except that our CPU platform may build the DeepSeek-V4 pool."""
+    """The host's `reject_out_of_tree_path`, except that our CPU platform may build the DeepSeek-V4
+    pool."""
     if subsystem == _POOL and isinstance(platform, CpuPlatform):
         return
     reject_out_of_tree_path(platform, subsystem=subsystem)
@@ -40,7 +42,10 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         target=f"sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS[{BACKEND!r}]",
-        why="the host forces this backend name for the architecture; ours builds the step plan our model reads",
+        why=(
+            "the host forces this backend name for the architecture; ours builds the step plan our"
+            " model reads"
+        ),
         remove="the host lets a model name its own backend",
         test="tests/host/test_ledger.py",
         value=create_backend,
@@ -49,7 +54,10 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         target=f"sglang.srt.arg_groups.resolution_hooks.register_resolution_hook({_SOURCE_STEP!r})",
-        why="checkpoint, layout and port are checked in the main process, before the host parses the config",
+        why=(
+            "checkpoint, layout and port are checked in the main process, before the host parses"
+            " the config"
+        ),
         remove="never: this is the host's registry for it",
         test="tests/host/test_wrong_input.py",
         value=check_source,
@@ -57,8 +65,13 @@ SEAMS: tuple[Seam, ...] = (
         found=lambda: resolution_hooks._HOOKS.get(_SOURCE_STEP, ()),
     ),
     Seam(
-        target=f"sglang.srt.arg_groups.model_override_base.register_model_override({ARCHITECTURE!r})",
-        why="arguments are checked in the main process, before any worker starts, and graphs are turned off",
+        target=(
+            f"sglang.srt.arg_groups.model_override_base.register_model_override({ARCHITECTURE!r})"
+        ),
+        why=(
+            "arguments are checked in the main process, before any worker starts, and graphs are"
+            " turned off"
+        ),
         remove="never: this is the host's registry for it",
         test="tests/host/test_wrong_input.py",
         value=resolve,
@@ -70,7 +83,10 @@ SEAMS: tuple[Seam, ...] = (
 CPU_SEAMS: tuple[Seam, ...] = (
     Seam(
         target="sglang.srt.mem_cache.kv_cache_configurator.reject_out_of_tree_path",
-        why="the host refuses its DeepSeek-V4 pool on every out-of-tree platform, though it is plain torch",
+        why=(
+            "the host refuses its DeepSeek-V4 pool on every out-of-tree platform, though it is"
+            " plain torch"
+        ),
         remove="SRTPlatform.get_kv_pool_cls takes kind='dsv4'",
         test="tests/host/test_ledger.py",
         value=_allow_pool_on_cpu,
@@ -83,7 +99,11 @@ CPU_SEAMS: tuple[Seam, ...] = (
 def seams() -> tuple[Seam, ...]:
     """The seams that every process takes when it loads plugins.
 
-    That of the CPU platform only where it is active and SGLang has no seam of its own (patch `pool-platform-seam`).
+    That of the CPU platform only where it is active and SGLang has no seam of its own (patch
+    `pool-platform-seam`).
     """
-    cpu = isinstance(current_platform, CpuPlatform) and "dsv4" not in kv_cache_configurator._KV_POOL_BASE_FOR_KIND
+    cpu = (
+        isinstance(current_platform, CpuPlatform)
+        and "dsv4" not in kv_cache_configurator._KV_POOL_BASE_FOR_KIND
+    )
     return SEAMS + (CPU_SEAMS if cpu else ())

@@ -19,11 +19,14 @@ def installed() -> str:
     try:
         return metadata.version("sglang")
     except metadata.PackageNotFoundError:
-        raise HostVersionError("SGLang is not installed; install it with: pip install 'dsv4_plugin[host]'") from None
+        raise HostVersionError(
+            "SGLang is not installed; install it with: pip install 'dsv4_plugin[host]'"
+        ) from None
 
 
 def check(version: str | None = None) -> str:
-    """Returns the host's version (default: the installed one). Raises HostVersionError outside SUPPORTED."""
+    """Returns the host's version (default: the installed one). Raises HostVersionError outside
+    SUPPORTED."""
     version = installed() if version is None else version
     try:
         supported = SUPPORTED.contains(version)
@@ -31,6 +34,7 @@ def check(version: str | None = None) -> str:
         supported = False
     if not supported:
         raise HostVersionError(
-            f"SGLang {version} is installed; this dsv4_plugin supports {SUPPORTED}. Install sglang==0.5.23, "
-            "or set DSV4_PLUGIN=0 to run SGLang without the plugin")
+            f"SGLang {version} is installed; this dsv4_plugin supports {SUPPORTED}. Install"
+            " sglang==0.5.23, or set DSV4_PLUGIN=0 to run SGLang without the plugin"
+        )
     return version

@@ -33,14 +33,23 @@ class Build:
         return None if packed else self.dtype
 
     def fp8(self, out_features: int, in_features: int) -> Linear:
-        return Linear(out_features, in_features, "fp8", self.dense, self.device, scale_dtype=self._scale_dtype)
+        return Linear(
+            out_features, in_features, "fp8", self.dense, self.device, scale_dtype=self._scale_dtype
+        )
 
     def bf16(self, out_features: int, in_features: int) -> Linear:
         return Linear(out_features, in_features, "bf16", self.dtype, self.device)
 
     def experts(self, count: int, out_features: int, in_features: int) -> Linear:
-        return Linear(out_features, in_features, self.geometry.expert_dtype, self.dense, self.device, count,
-                      self._scale_dtype)
+        return Linear(
+            out_features,
+            in_features,
+            self.geometry.expert_dtype,
+            self.dense,
+            self.device,
+            count,
+            self._scale_dtype,
+        )
 
     def norm(self, size: int) -> Norm:
         return Norm(size, self.dtype, self.device)
@@ -49,10 +58,14 @@ class Build:
         return Rows(rows, size, self.dtype, self.device)
 
     def fp32(self, *shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=self.device), requires_grad=False)
+        return nn.Parameter(
+            torch.empty(shape, dtype=torch.float32, device=self.device), requires_grad=False
+        )
 
     def int64(self, *shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.zeros(shape, dtype=torch.int64, device=self.device), requires_grad=False)
+        return nn.Parameter(
+            torch.zeros(shape, dtype=torch.int64, device=self.device), requires_grad=False
+        )
 
     @property
     def _scale_dtype(self) -> torch.dtype:

@@ -17,7 +17,9 @@ class Gate(nn.Module):
         geometry = build.geometry
         self.weight = build.rows(geometry.n_routed_experts, geometry.hidden_size).weight
         self.bias = None if hash_routed else build.fp32(geometry.n_routed_experts)
-        self.tid2eid = build.int64(geometry.vocab_size, geometry.num_experts_per_tok) if hash_routed else None
+        self.tid2eid = (
+            build.int64(geometry.vocab_size, geometry.num_experts_per_tok) if hash_routed else None
+        )
 
 
 class Experts(nn.Module):
@@ -27,7 +29,10 @@ class Experts(nn.Module):
         super().__init__()
         geometry, parallel = build.geometry, build.parallel
         count = geometry.n_routed_experts // parallel.expert.size
-        hidden, intermediate = geometry.hidden_size, geometry.moe_intermediate_size // parallel.expert_tensor.size
+        hidden, intermediate = (
+            geometry.hidden_size,
+            geometry.moe_intermediate_size // parallel.expert_tensor.size,
+        )
         self.first = parallel.expert.rank * count
         self.w1 = build.experts(count, intermediate, hidden)
         self.w2 = build.experts(count, hidden, intermediate)
@@ -63,11 +68,32 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """[T, d] of normed `x` [T, d]; sums are fp32."""
         gate, experts, shared = self.gate, self.experts, self.shared_experts
-        weights, chosen = route(x, gate.weight, gate.bias, gate.tid2eid, step.token_ids, self.topk, self.scaling)
-        routed = moe(x, weights, chosen, experts.w1.weight, experts.w1.scale, experts.w2.weight, experts.w2.scale,
-                     experts.w3.weight, experts.w3.scale, self.limit, experts.first)
-        own = shared_expert(x, shared.w1.weight, shared.w1.scale, shared.w2.weight, shared.w2.scale, shared.w3.weight,
-                            shared.w3.scale, self.limit)
+        weights, chosen = route(
+            x, gate.weight, gate.bias, gate.tid2eid, step.token_ids, self.topk, self.scaling
+        )
+        routed = moe(
+            x,
+            weights,
+            chosen,
+            experts.w1.weight,
+            experts.w1.scale,
+            experts.w2.weight,
+            experts.w2.scale,
+            experts.w3.weight,
+            experts.w3.scale,
+            self.limit,
+            experts.first,
+        )
+        own = shared_expert(
+            x,
+            shared.w1.weight,
+            shared.w1.scale,
+            shared.w2.weight,
+            shared.w2.scale,
+            shared.w3.weight,
+            shared.w3.scale,
+            self.limit,
+        )
         for all_reduce in self._sum_experts:
             routed = all_reduce(routed)
         return (routed + self._sum_shared(own.float())).to(x.dtype)

@@ -16,27 +16,49 @@ def _parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Para
 class Linear(nn.Module):
     """A weight [out, in] of the checkpoint, or `experts` of them stacked.
 
-    `stored` is "fp8", "fp4" or "bf16" as in the file. With a `dense` dtype the weight is decoded once at loading;
-    with None an FP8 or FP4 weight stays packed beside its `scale`.
+    `stored` is "fp8", "fp4" or "bf16" as in the file. With a `dense` dtype the weight is decoded
+    once at loading; with None an FP8 or FP4 weight stays packed beside its `scale`.
     """
 
-    def __init__(self, out_features: int, in_features: int, stored: str, dense: torch.dtype | None,
-                 device: torch.device, experts: int | None = None, scale_dtype: torch.dtype = torch.float8_e8m0fnu):
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        stored: str,
+        dense: torch.dtype | None,
+        device: torch.device,
+        experts: int | None = None,
+        scale_dtype: torch.dtype = torch.float8_e8m0fnu,
+    ):
         super().__init__()
         stack = () if experts is None else (experts,)
         self.scale: nn.Parameter | None = None
         if dense is not None or stored == "bf16":
-            self.weight = _parameter(*stack, out_features, in_features, dtype=dense or torch.bfloat16, device=device)
+            self.weight = _parameter(
+                *stack, out_features, in_features, dtype=dense or torch.bfloat16, device=device
+            )
         elif stored == "fp8":
-            self.weight = _parameter(*stack, out_features, in_features, dtype=torch.float8_e4m3fn, device=device)
-            self.scale = _parameter(*stack, -(-out_features // 128), -(-in_features // 128), dtype=scale_dtype,
-                                    device=device)
+            self.weight = _parameter(
+                *stack, out_features, in_features, dtype=torch.float8_e4m3fn, device=device
+            )
+            self.scale = _parameter(
+                *stack,
+                -(-out_features // 128),
+                -(-in_features // 128),
+                dtype=scale_dtype,
+                device=device,
+            )
         else:
-            self.weight = _parameter(*stack, out_features, in_features // 2, dtype=torch.int8, device=device)
-            self.scale = _parameter(*stack, out_features, in_features // 32, dtype=scale_dtype, device=device)
+            self.weight = _parameter(
+                *stack, out_features, in_features // 2, dtype=torch.int8, device=device
+            )
+            self.scale = _parameter(
+                *stack, out_features, in_features // 32, dtype=scale_dtype, device=device
+            )
 
     def load(self, weight: Tensor, scale: Tensor | None, expert: int | None = None) -> None:
-        """Takes a released tensor, already cut to this rank, with its scale if it has one; `expert` is the row of a stack."""
+        """Takes a released tensor, already cut to this rank, with its scale if it has one; `expert`
+        is the row of a stack."""
         here = slice(None) if expert is None else expert
         if self.scale is not None:
             self.weight.data[here].copy_(weight)

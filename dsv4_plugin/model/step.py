@@ -13,7 +13,8 @@ from ..ops.step_plan import StepPlan
 
 @dataclass(frozen=True)
 class Rotation:
-    """(cos, sin) fp32 [n, 32] of the step's rows and of the entries they complete, for one kind of layer."""
+    """(cos, sin) fp32 [n, 32] of the step's rows and of the entries they complete, for one kind of
+    layer."""
 
     rows: tuple[Tensor, Tensor]
     entries: tuple[Tensor, Tensor] | None

@@ -1,4 +1,5 @@
-"""The model: embedding, blocks around four residual streams, head collapse, and the MTP block (docs/model.md §3).
+"""The model: embedding, blocks around four residual streams, head collapse, and the MTP block
+(docs/model.md §3).
 
 Parameter paths are the released tensor names, routed experts aside, which are stacked.
 """
@@ -32,7 +33,11 @@ class Block(nn.Module):
         geometry = build.geometry
         n, d = geometry.hc_mult, geometry.hidden_size
         self.layer, self.ratio = layer, geometry.compress_ratios[layer]
-        self.iterations, self.hc_eps, self.eps = geometry.hc_sinkhorn_iters, geometry.hc_eps, geometry.rms_norm_eps
+        self.iterations, self.hc_eps, self.eps = (
+            geometry.hc_sinkhorn_iters,
+            geometry.hc_eps,
+            geometry.rms_norm_eps,
+        )
         self.attn_norm, self.attn = build.norm(d), Attention(build, layer)
         self.ffn_norm, self.ffn = build.norm(d), FeedForward(build, layer)
         for site in ("attn", "ffn"):
@@ -47,14 +52,17 @@ class Block(nn.Module):
             (self.attn_norm, self.attn, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale),
             (self.ffn_norm, self.ffn, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale),
         ):
-            x, post, comb = mhc_pre(streams, fn, base, scale, self.iterations, self.hc_eps, self.eps)
+            x, post, comb = mhc_pre(
+                streams, fn, base, scale, self.iterations, self.hc_eps, self.eps
+            )
             y = layer(rms_norm(x, norm.weight, self.eps), step)
             streams = mhc_post(y, streams, post, comb)
         return streams
 
 
 class HeadCollapse:
-    """Turns four streams into the normed input of the head; the model and each MTP block own such parameters."""
+    """Turns four streams into the normed input of the head; the model and each MTP block own such
+    parameters."""
 
     def _add_head_collapse(self, build: Build) -> None:
         n, d = build.geometry.hc_mult, build.geometry.hidden_size
@@ -66,12 +74,15 @@ class HeadCollapse:
     def collapse(self, streams: Tensor) -> Tensor:
         """Input of the head [T, d] of `streams` [T, 4, d], in their dtype."""
         HERE.layer = HERE.ratio = -1
-        hidden = mhc_head(streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.hc_eps, self.eps)
+        hidden = mhc_head(
+            streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.hc_eps, self.eps
+        )
         return rms_norm(hidden, self.norm.weight, self.eps)
 
 
 class MTPBlock(Block, HeadCollapse):
-    """Predicts one token further from the backbone's streams and the next token's embedding (docs/model.md §3.7)."""
+    """Predicts one token further from the backbone's streams and the next token's embedding
+    (docs/model.md §3.7)."""
 
     def __init__(self, build: Build, layer: int):
         super().__init__(build, layer)
@@ -81,21 +92,30 @@ class MTPBlock(Block, HeadCollapse):
         self._add_head_collapse(build)
 
     def forward(self, embedded: Tensor, streams: Tensor, step: Step) -> Tensor:
-        """Streams [T, 4, d] of the next tokens' `embedded` [T, d] and the backbone's `streams` [T, 4, d]."""
+        """Streams [T, 4, d] of the next tokens' `embedded` [T, d] and the backbone's `streams` [T,
+        4, d]."""
         e = self.e_proj(rms_norm(embedded, self.enorm.weight, self.eps))
-        h = self.h_proj(rms_norm(streams, self.hnorm.weight, self.eps).flatten(0, 1)).view_as(streams)
+        h = self.h_proj(rms_norm(streams, self.hnorm.weight, self.eps).flatten(0, 1)).view_as(
+            streams
+        )
         return super().forward(e.unsqueeze(1) + h, step)
 
 
 class DeepseekV4(nn.Module, HeadCollapse):
     """DeepSeek-V4 on one process of a parallel layout.
 
-    `parts` is "backbone", "mtp" (the MTP blocks with embedding and head) or "all". Raises ParallelError when the
-    layout does not fit the geometry.
+    `parts` is "backbone", "mtp" (the MTP blocks with embedding and head) or "all". Raises
+    ParallelError when the layout does not fit the geometry.
     """
 
-    def __init__(self, geometry: Geometry, precision: Precision = Precision.SERVING,
-                 parallel: Parallel = Parallel(), device: torch.device | str = "cpu", parts: str = "all"):
+    def __init__(
+        self,
+        geometry: Geometry,
+        precision: Precision = Precision.SERVING,
+        parallel: Parallel = Parallel(),
+        device: torch.device | str = "cpu",
+        parts: str = "all",
+    ):
         super().__init__()
         parallel.check(geometry)
         build = Build(geometry, Precision(precision), parallel, torch.device(device))
@@ -108,10 +128,14 @@ class DeepseekV4(nn.Module, HeadCollapse):
         self.layers = nn.ModuleList(Block(build, layer) for layer in backbone)
         if parts != "mtp":
             self._add_head_collapse(build)
-        drafts = range(geometry.num_hidden_layers, geometry.num_layers) if parts != "backbone" else ()
+        drafts = (
+            range(geometry.num_hidden_layers, geometry.num_layers) if parts != "backbone" else ()
+        )
         self.mtp = nn.ModuleList(MTPBlock(build, layer) for layer in drafts)
         for ratio in sorted(set(geometry.compress_ratios)):
-            self.register_buffer(f"frequencies_{ratio}", inverse_frequencies(geometry, ratio).to(build.device), False)
+            self.register_buffer(
+                f"frequencies_{ratio}", inverse_frequencies(geometry, ratio).to(build.device), False
+            )
 
     def _step(self, token_ids: Tensor, plan: StepPlan, caches: Caches) -> Step:
         enter_step(plan.max_queries)
@@ -130,18 +154,28 @@ class DeepseekV4(nn.Module, HeadCollapse):
         return group.all_reduce(rows.masked_fill(~mine.unsqueeze(-1), 0))
 
     def forward(self, token_ids: Tensor, plan: StepPlan, caches: Caches) -> Tensor:
-        """Residual streams [T, 4, d] after the backbone for `token_ids` int64 [T]; the caches take the step's entries."""
+        """Residual streams [T, 4, d] after the backbone for `token_ids` int64 [T]; the caches take
+        the step's entries."""
         step = self._step(token_ids, plan, caches)
         streams = self.embedded(token_ids).unsqueeze(1).expand(-1, self.geometry.hc_mult, -1)
         for layer in self.layers:
             streams = layer(streams, step)
         return streams
 
-    def draft(self, next_token_ids: Tensor, streams: Tensor, plan: StepPlan, caches: Caches, block: int = 0) -> Tensor:
-        """Streams [T, 4, d] of MTP `block` from the backbone's `streams` at t and the token ids at t + 1."""
+    def draft(
+        self,
+        next_token_ids: Tensor,
+        streams: Tensor,
+        plan: StepPlan,
+        caches: Caches,
+        block: int = 0,
+    ) -> Tensor:
+        """Streams [T, 4, d] of MTP `block` from the backbone's `streams` at t and the token ids at
+        t + 1."""
         step = self._step(next_token_ids, plan, caches)
         return self.mtp[block](self.embedded(next_token_ids), streams, step)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 [T, vocab] of collapsed `hidden` [T, d]; this process's rows of the vocabulary only."""
+        """fp32 [T, vocab] of collapsed `hidden` [T, d]; this process's rows of the vocabulary
+        only."""
         return linear_fp32(hidden, self.head.weight)

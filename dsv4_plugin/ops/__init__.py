@@ -1,4 +1,5 @@
-"""Operators: what each computes, its torch reference, and its implementations. One file an operator."""
+"""Operators: what each computes, its torch reference, and its implementations. One file an
+operator."""
 
 from .block_fp8_linear import block_fp8_linear
 from .compress import compress
@@ -16,6 +17,22 @@ from .sparse_mla import sparse_mla
 from .step_plan import build_step_plan
 from .topk_select import topk_select
 
-__all__ = ["block_fp8_linear", "build_step_plan", "compress", "grouped_output", "indexer_logits", "mhc_head",
-           "mhc_post", "mhc_pre", "moe", "qk_norm_rope_store", "rms_norm_quant", "rope_hadamard_quant", "route",
-           "sample_greedy", "shared_expert", "sparse_mla", "topk_select"]
+__all__ = [
+    "block_fp8_linear",
+    "build_step_plan",
+    "compress",
+    "grouped_output",
+    "indexer_logits",
+    "mhc_head",
+    "mhc_post",
+    "mhc_pre",
+    "moe",
+    "qk_norm_rope_store",
+    "rms_norm_quant",
+    "rope_hadamard_quant",
+    "route",
+    "sample_greedy",
+    "shared_expert",
+    "sparse_mla",
+    "topk_select",
+]

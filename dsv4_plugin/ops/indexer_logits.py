@@ -16,9 +16,10 @@ _MAX_SCORES = 1 << 25  # bounds the reference's largest temporary to 128 MiB
 def indexer_logits(q: Tensor, weights: Tensor, cache: SlotStore, plan: StepPlan) -> Tensor:
     """fp32 logits [T, max_seq_len // 4]: sum over heads of weight · relu(q · k).
 
-    `q` fp32 or e4m3 [T, n, 128], rotated and rounded; `weights` fp32 [T, n], already scaled by 128^-0.5 · n^-0.5 and,
-    for e4m3, by the scale of each head's query; keys come from `cache` at the plan's ratio-4 slots. Logits of entries
-    that a row does not see are -inf here; an implementation may leave them undefined.
+    `q` fp32 or e4m3 [T, n, 128], rotated and rounded; `weights` fp32 [T, n], already scaled by
+    128^-0.5 · n^-0.5 and, for e4m3, by the scale of each head's query; keys come from `cache` at
+    the plan's ratio-4 slots. Logits of entries that a row does not see are -inf here; an
+    implementation may leave them undefined.
     """
     q = q.float()
     slots = plan.request_slots(4)
@@ -46,5 +47,11 @@ def _needs_packed_fp8(q: Tensor, weights: Tensor, cache: SlotStore, plan: StepPl
     return None if q.dtype == torch.float8_e4m3fn else f"q is {q.dtype}, not float8_e4m3fn"
 
 
-indexer_logits.add(Implementation("triton", "dsv4_plugin.kernels.triton.indexer_logits:indexer_logits",
-                                  packages=("triton",), requires=_needs_packed_fp8))
+indexer_logits.add(
+    Implementation(
+        "triton",
+        "dsv4_plugin.kernels.triton.indexer_logits:indexer_logits",
+        packages=("triton",),
+        requires=_needs_packed_fp8,
+    )
+)

@@ -1,8 +1,10 @@
-"""What an operator is: one signature, a torch reference that defines it, and implementations of the same signature.
+"""What an operator is: one signature, a torch reference that defines it, and implementations of the
+same signature.
 
-Which implementation runs is decided once per static key (phase, layer kind, shape class) and then looked up; every
-choice remembers why the others were not taken and how often it ran. A second dictionary finds the choice by what a call
-shows at no cost, exact shapes included, so that an eager call pays well under a microsecond.
+Which implementation runs is decided once per static key (phase, layer kind, shape class) and then
+looked up; every choice remembers why the others were not taken and how often it ran. A second
+dictionary finds the choice by what a call shows at no cost, exact shapes included, so that an eager
+call pays well under a microsecond.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ logger = logging.getLogger(__name__)
 Requirement = Callable[..., "str | None"]
 """Takes the operator's arguments, returns why an implementation cannot run them, or None.
 
-It may look at what a static key holds, and at nothing else: the first tensor's dtype, device and shape (its rows only to
-the power of two), the types of the other arguments (None or not, dense or packed cache), and the values of those that
-are declared as str, bool or torch.dtype.
+It may look at what a static key holds, and at nothing else: the first tensor's dtype, device and
+shape (its rows only to the power of two), the types of the other arguments (None or not, dense or
+packed cache), and the values of those that are declared as str, bool or torch.dtype.
 """
 _BY_VALUE = ("str", "bool", "torch.dtype")
 _REMEMBERED = 4096
@@ -51,8 +53,10 @@ class _Place:
 
 HERE = _Place()
 
+
 def enter_step(max_queries: int) -> None:
-    """Says that a step begins whose requests have up to `max_queries` rows; what runs now is outside of layers."""
+    """Says that a step begins whose requests have up to `max_queries` rows; what runs now is
+    outside of layers."""
     HERE.phase, HERE.layer, HERE.ratio = phase(max_queries), -1, -1
 
 
@@ -82,7 +86,8 @@ def _rows(count: int) -> str:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an operator; `path` ("module:function") is imported when it is first chosen."""
+    """One way to run an operator; `path` ("module:function") is imported when it is first
+    chosen."""
 
     name: str
     path: str
@@ -98,7 +103,9 @@ class Implementation:
                 return f"package {package} is not installed"
         arch = device.arch()
         if arch == device.CPU and not ("triton" in self.packages and device.interprets_triton()):
-            return "there is no GPU" + (" (TRITON_INTERPRET=1 interprets it)" if "triton" in self.packages else "")
+            return "there is no GPU" + (
+                " (TRITON_INTERPRET=1 interprets it)" if "triton" in self.packages else ""
+            )
         if self.archs and arch != device.CPU and not arch.startswith(self.archs):
             return f"{arch} is not one of {', '.join(self.archs)}"
         return None
@@ -110,7 +117,8 @@ class Implementation:
 
 @dataclass
 class Choice:
-    """The implementation taken for one static key, the calls it served, and the reasons against the preferred ones."""
+    """The implementation taken for one static key, the calls it served, and the reasons against the
+    preferred ones."""
 
     implementation: str
     run: Callable[..., Any]
@@ -121,7 +129,8 @@ class Choice:
 
 
 class Operator:
-    """A callable operator. Calling it runs the implementation in use; `reference` is its definition."""
+    """A callable operator. Calling it runs the implementation in use; `reference` is its
+    definition."""
 
     def __init__(self, reference: Callable[..., Any]):
         self.name = reference.__name__
@@ -132,7 +141,9 @@ class Operator:
         self._layers: frozenset[int] | None = None
         self._forced = flags.Setting(AUTO)
         parameters = inspect.signature(reference).parameters.values()
-        self._by_value = tuple(at for at, parameter in enumerate(parameters) if parameter.annotation in _BY_VALUE)
+        self._by_value = tuple(
+            at for at, parameter in enumerate(parameters) if parameter.annotation in _BY_VALUE
+        )
         functools.update_wrapper(self, reference)
         OPERATORS[self.name] = self
 
@@ -145,7 +156,11 @@ class Operator:
         inside = self._layers is None or HERE.layer in self._layers
         key = (HERE.phase, HERE.ratio, inside, x.dtype, x.is_cuda, x.shape, *map(type, args))
         if kwargs or self._by_value:
-            key += (*kwargs, *map(_kind, kwargs.values()), *[args[at] for at in self._by_value if at < len(args)])
+            key += (
+                *kwargs,
+                *map(_kind, kwargs.values()),
+                *[args[at] for at in self._by_value if at < len(args)],
+            )
         choice = self._found.get(key)
         if choice is None:
             choice = self._find(key, x, inside, args, kwargs)
@@ -172,7 +187,10 @@ class Operator:
         if wanted in (AUTO, REFERENCE):
             return None
         if wanted not in self.implementations:
-            return f"{self.name} has no such implementation; it has {', '.join((REFERENCE, *self.implementations))}"
+            return (
+                f"{self.name} has no such implementation; it has"
+                f" {', '.join((REFERENCE, *self.implementations))}"
+            )
         return self.implementations[wanted].unavailable()
 
     def forget(self) -> None:
@@ -181,16 +199,26 @@ class Operator:
         self._found.clear()
 
     def _asked(self) -> str:
-        """The flag that chose the implementation, with what set it where that is another variable."""
+        """The flag that chose the implementation, with what set it where that is another
+        variable."""
         asked = f"{flags.operator_flag(self.name)}={self._forced.value}"
         return asked if self._forced.source == asked else f"{asked} (from {self._forced.source})"
 
     def _find(self, found: tuple, x: Any, inside: bool, args: tuple, kwargs: dict) -> Choice:
         """The choice for a call not seen before, which `found` will find from now on."""
-        others = (*map(_kind, args[1:] if args else ()), *((name, _kind(value)) for name, value in kwargs.items()))
+        others = (
+            *map(_kind, args[1:] if args else ()),
+            *((name, _kind(value)) for name, value in kwargs.items()),
+        )
         tensor = " x".join((str(x.dtype).removeprefix("torch."), *map(str, x.shape[1:])))
-        key = Key(HERE.phase, _LAYER_KINDS.get(HERE.ratio, str(HERE.ratio)), inside, _rows(x.shape[0]),
-                  f"{tensor} on {'gpu' if x.is_cuda else x.device.type}", others)
+        key = Key(
+            HERE.phase,
+            _LAYER_KINDS.get(HERE.ratio, str(HERE.ratio)),
+            inside,
+            _rows(x.shape[0]),
+            f"{tensor} on {'gpu' if x.is_cuda else x.device.type}",
+            others,
+        )
         choice = self.choices.get(key)
         if choice is None:
             choice = self.choices[key] = self._choose(inside, x, args, kwargs)
@@ -207,22 +235,34 @@ class Operator:
         fallback = False
         for name, implementation in self.implementations.items():
             if wanted not in (AUTO, name):
-                rejected[name] = self._asked() if inside else f"{flags.layers_flag(self.name)} leaves this layer out"
+                rejected[name] = (
+                    self._asked()
+                    if inside
+                    else f"{flags.layers_flag(self.name)} leaves this layer out"
+                )
                 continue
             reason = implementation.unavailable()
             if reason is None and wanted == AUTO and device.arch() == device.CPU:
                 reason = "interpreted kernels run only when named"
             elif reason is None and not x.is_cuda and device.arch() != device.CPU:
                 reason = "the tensors are not on the GPU"
-            elif reason is None and implementation.requires and (reason := implementation.requires(*args, **kwargs)):
+            elif (
+                reason is None
+                and implementation.requires
+                and (reason := implementation.requires(*args, **kwargs))
+            ):
                 fallback = True
             if reason is None:
                 return Choice(name, implementation.load(), rejected)
             if wanted == name and not self._forced.yields:
-                raise SelectionError(f"{self._asked()} cannot run this call of {self.name}: {reason}")
+                raise SelectionError(
+                    f"{self._asked()} cannot run this call of {self.name}: {reason}"
+                )
             rejected[name] = reason
         if fallback:
-            logger.warning("dsv4_plugin: %s runs its reference in %s: %s", self.name, HERE.phase, rejected)
+            logger.warning(
+                "dsv4_plugin: %s runs its reference in %s: %s", self.name, HERE.phase, rejected
+            )
         return Choice(REFERENCE, self.reference, rejected, fallback)
 
     def __repr__(self) -> str:
@@ -242,7 +282,8 @@ def operator(reference: Callable[..., Any]) -> Operator:
 
 
 def configure() -> None:
-    """Reads the flags of every operator. Raises SelectionError for a forced implementation that cannot run here."""
+    """Reads the flags of every operator. Raises SelectionError for a forced implementation that
+    cannot run here."""
     for each in OPERATORS.values():
         each.configure()
 
@@ -254,13 +295,15 @@ def forget() -> None:
 
 
 Observer = Callable[..., Any]
-"""Called as observer(operator, choice, *args, **kwargs) in place of the choice; returns the operator's result."""
+"""Called as observer(operator, choice, *args, **kwargs) in place of the choice; returns the
+operator's result."""
 _OBSERVERS: list[Observer] = []
 
 
 @contextlib.contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """While it lasts, `observer` runs every operator call, to check or record it; calls are not counted."""
+    """While it lasts, `observer` runs every operator call, to check or record it; calls are not
+    counted."""
     for each in OPERATORS.values():
         each._found.clear()
     _OBSERVERS.append(observer)
@@ -277,8 +320,17 @@ def report_rows() -> list[report.Row]:
         for key, choice in list(each.choices.items()):
             if not choice.calls:
                 continue
-            row = report.Row(each.name, key.phase, key.layer_kind, key.rows, key.tensor, choice.implementation, 0,
-                             choice.rejected, choice.fallback)
+            row = report.Row(
+                each.name,
+                key.phase,
+                key.layer_kind,
+                key.rows,
+                key.tensor,
+                choice.implementation,
+                0,
+                choice.rejected,
+                choice.fallback,
+            )
             shown = (*row.place, row.implementation, tuple(row.rejected.items()))
             rows.setdefault(shown, row).calls += choice.calls
     return list(rows.values())

@@ -1,4 +1,5 @@
-"""Query and latent just before attention: norm, RoPE, and the latent's store into the window cache (docs/model.md §3.2)."""
+"""Query and latent just before attention: norm, RoPE, and the latent's store into the window cache
+(docs/model.md §3.2)."""
 
 from __future__ import annotations
 
@@ -12,24 +13,51 @@ from .rope import apply_rope
 
 
 @operator
-def qk_norm_rope_store(q: Tensor, kv: Tensor, kv_weight: Tensor, eps: float, cos: Tensor, sin: Tensor,
-                       slots: Tensor, cache: SlotStore) -> Tensor:
+def qk_norm_rope_store(
+    q: Tensor,
+    kv: Tensor,
+    kv_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    cache: SlotStore,
+) -> Tensor:
     """Normed and rotated queries [T, h, 512]; the latents are normed, rotated and stored.
 
-    `q` [T, h, 512] is normed per head without a weight, `kv` [T, 512] with `kv_weight` [512]; `cos`, `sin` [T, 32];
-    `slots` int64 [T] are window slots of `cache`, which quantises as its format says.
+    `q` [T, h, 512] is normed per head without a weight, `kv` [T, 512] with `kv_weight` [512];
+    `cos`, `sin` [T, 32]; `slots` int64 [T] are window slots of `cache`, which quantises as its
+    format says.
     """
     latent = apply_rope(rms_norm(kv, kv_weight, eps), cos, sin)
     cache.store(slots, latent)
     return apply_rope(rms_norm(q, None, eps), cos, sin)
 
 
-def _needs_packed_bf16(q: Tensor, kv: Tensor, kv_weight: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor,
-                       cache: SlotStore) -> str | None:
+def _needs_packed_bf16(
+    q: Tensor,
+    kv: Tensor,
+    kv_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    cache: SlotStore,
+) -> str | None:
     if not isinstance(cache, PackedLatentCache):
         return f"the window cache is a {type(cache).__name__}, not packed"
-    return None if q.dtype == kv.dtype == torch.bfloat16 else f"q is {q.dtype} and kv {kv.dtype}, not bfloat16"
+    return (
+        None
+        if q.dtype == kv.dtype == torch.bfloat16
+        else f"q is {q.dtype} and kv {kv.dtype}, not bfloat16"
+    )
 
 
-qk_norm_rope_store.add(Implementation("triton", "dsv4_plugin.kernels.triton.qk_norm_rope_store:qk_norm_rope_store",
-                                      packages=("triton",), requires=_needs_packed_bf16))
+qk_norm_rope_store.add(
+    Implementation(
+        "triton",
+        "dsv4_plugin.kernels.triton.qk_norm_rope_store:qk_norm_rope_store",
+        packages=("triton",),
+        requires=_needs_packed_bf16,
+    )
+)

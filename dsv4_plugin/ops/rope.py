@@ -1,4 +1,5 @@
-"""Rotary position embedding: interleaved pairs of the last 64 dimensions, fp32 (docs/model.md §1 YaRN, §3.2)."""
+"""Rotary position embedding: interleaved pairs of the last 64 dimensions, fp32 (docs/model.md §1
+YaRN, §3.2)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from ..config import Geometry
 
 
 def inverse_frequencies(geometry: Geometry, ratio: int) -> Tensor:
-    """fp32 [32] angular frequencies of a layer with compress ratio `ratio`: plain for 0, YaRN otherwise."""
+    """fp32 [32] angular frequencies of a layer with compress ratio `ratio`: plain for 0, YaRN
+    otherwise."""
     dim = geometry.qk_rope_head_dim
     theta = geometry.compress_rope_theta if ratio else geometry.rope_theta
     frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
@@ -20,7 +22,11 @@ def inverse_frequencies(geometry: Geometry, ratio: int) -> Tensor:
     yarn = geometry.yarn
 
     def pair_of_rotations(rotations: float) -> float:
-        return dim * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        return (
+            dim
+            * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi))
+            / (2 * math.log(theta))
+        )
 
     low = max(math.floor(pair_of_rotations(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_of_rotations(yarn.beta_slow)), dim - 1)
@@ -35,7 +41,8 @@ def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
-    """`x` [n, ..., d] with its last 64 dimensions rotated by the (cos, sin) [n, 32] of each row, in the dtype of `x`.
+    """`x` [n, ..., d] with its last 64 dimensions rotated by the (cos, sin) [n, 32] of each row, in
+    the dtype of `x`.
 
     Pair (2i, 2i+1) is one complex number multiplied by e^{±i·angle}.
     """
@@ -46,5 +53,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Te
         sin = -sin
     nope, pairs = x[..., :-rope_dim], x[..., -rope_dim:].float().unflatten(-1, (-1, 2))
     real, imaginary = pairs[..., 0], pairs[..., 1]
-    rotated = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), -1).flatten(-2)
+    rotated = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), -1).flatten(
+        -2
+    )
     return torch.cat((nope, rotated.to(x.dtype)), -1)

@@ -11,12 +11,15 @@ from .rope import apply_rope
 
 
 @operator
-def rope_hadamard_quant(q: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, rounding: str) -> tuple[Tensor, Tensor]:
+def rope_hadamard_quant(
+    q: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, rounding: str
+) -> tuple[Tensor, Tensor]:
     """Queries [T, n, 128] and head weights fp32 [T, n] as indexer_logits takes them.
 
-    `q` [T, n, 128]; `weights` fp32 [T, n]; `cos`, `sin` [T, 32]. `rounding` is "none" or "fp4" (blocks of 32, as
-    trained), which give fp32 queries, or "fp8" (one scale a head, as the packed index cache), which gives e4m3
-    queries; their scale, a positive power of two, then is in the weights: w · relu(s·q · k) = (w·s) · relu(q · k).
+    `q` [T, n, 128]; `weights` fp32 [T, n]; `cos`, `sin` [T, 32]. `rounding` is "none" or "fp4"
+    (blocks of 32, as trained), which give fp32 queries, or "fp8" (one scale a head, as the packed
+    index cache), which gives e4m3 queries; their scale, a positive power of two, then is in the
+    weights: w · relu(s·q · k) = (w·s) · relu(q · k).
     """
     rotated = hadamard(apply_rope(q, cos, sin))
     if rounding == "fp8":
@@ -25,11 +28,19 @@ def rope_hadamard_quant(q: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, ro
     return (round_to_fp4(rotated) if rounding == "fp4" else rotated), weights
 
 
-def _needs_fp8_rounding(q: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, rounding: str) -> str | None:
+def _needs_fp8_rounding(
+    q: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, rounding: str
+) -> str | None:
     if rounding != "fp8":
         return f"rounding is {rounding}, not fp8"
     return None if q.dtype == torch.bfloat16 else f"q is {q.dtype}, not bfloat16"
 
 
-rope_hadamard_quant.add(Implementation("triton", "dsv4_plugin.kernels.triton.rope_hadamard_quant:rope_hadamard_quant",
-                                       packages=("triton",), requires=_needs_fp8_rounding))
+rope_hadamard_quant.add(
+    Implementation(
+        "triton",
+        "dsv4_plugin.kernels.triton.rope_hadamard_quant:rope_hadamard_quant",
+        packages=("triton",),
+        requires=_needs_fp8_rounding,
+    )
+)

@@ -1,4 +1,5 @@
-"""Every index tensor of one step, built once from sequence lengths and slot tables and read by all layers."""
+"""Every index tensor of one step, built once from sequence lengths and slot tables and read by all
+layers."""
 
 from __future__ import annotations
 
@@ -15,28 +16,49 @@ from .operator import Implementation, operator
 
 
 @operator
-def build_step_plan(position: Tensor, request: Tensor, out_slot: Tensor, prefix_lens: Tensor, seq_lens: Tensor,
-                    slot_table: Tensor, slot_row: Tensor, full_to_window: Tensor, max_queries: int, max_seq_len: int,
-                    rings: Mapping[int, int] = RING_ROWS, static_rows: bool = False) -> StepPlan:
+def build_step_plan(
+    position: Tensor,
+    request: Tensor,
+    out_slot: Tensor,
+    prefix_lens: Tensor,
+    seq_lens: Tensor,
+    slot_table: Tensor,
+    slot_row: Tensor,
+    full_to_window: Tensor,
+    max_queries: int,
+    max_seq_len: int,
+    rings: Mapping[int, int] = RING_ROWS,
+    static_rows: bool = False,
+) -> StepPlan:
     """The plan of one step (docs/model.md §4).
 
-    `position`, `request`, `out_slot` int64 [T]: position, batch row and full slot of each new token. `prefix_lens`,
-    `seq_lens` [R]: tokens before and after the step. `slot_table` [rows, L] holds the full slot of every position,
-    `slot_row` [R] each request's row in it; `full_to_window` maps full slots to window slots, <= 0 where there is
-    none. `rings`: ring rows a page (ratio 4) or a request (ratio 128) for the ratios to plan. Window slots and pages
-    are aligned: slot % 256 == position % 256. With `static_rows` the shapes depend on the shapes of the inputs,
+    `position`, `request`, `out_slot` int64 [T]: position, batch row and full slot of each new
+    token. `prefix_lens`, `seq_lens` [R]: tokens before and after the step. `slot_table` [rows, L]
+    holds the full slot of every position, `slot_row` [R] each request's row in it; `full_to_window`
+    maps full slots to window slots, <= 0 where there is none. `rings`: ring rows a page (ratio 4)
+    or a request (ratio 128) for the ratios to plan. Window slots and pages are aligned: slot % 256
+    == position % 256. With `static_rows` the shapes depend on the shapes of the inputs,
     `max_seq_len` and `rings` alone, as a captured graph needs; an implementation may always do so.
     """
-    steps = _Steps(position, request, out_slot, prefix_lens, seq_lens, slot_table, slot_row, full_to_window)
+    steps = _Steps(
+        position, request, out_slot, prefix_lens, seq_lens, slot_table, slot_row, full_to_window
+    )
     pages = torch.arange(0, max_seq_len, PAGE_TOKENS, device=position.device)
     page_table = slot_table[slot_row.unsqueeze(-1), pages].to(torch.int64) // PAGE_TOKENS
     last = position.unsqueeze(-1) - torch.arange(WINDOW - 1, -1, -1, device=position.device)
     window = steps.window_slot(request.unsqueeze(-1), last)
     return StepPlan(
-        position=position, request=request, query=position - prefix_lens[request], max_queries=max_queries,
-        max_seq_len=max_seq_len, window_write=full_to_window[out_slot],
-        window=window.masked_fill(window <= 0, -1), page_table=page_table,
-        compression={ratio: steps.compression(ratio, ring, static_rows) for ratio, ring in rings.items()},
+        position=position,
+        request=request,
+        query=position - prefix_lens[request],
+        max_queries=max_queries,
+        max_seq_len=max_seq_len,
+        window_write=full_to_window[out_slot],
+        window=window.masked_fill(window <= 0, -1),
+        page_table=page_table,
+        compression={
+            ratio: steps.compression(ratio, ring, static_rows) for ratio, ring in rings.items()
+        },
     )
 
 
@@ -77,18 +99,24 @@ class _Steps:
         step_row = torch.where(in_step, token.unsqueeze(-1) - (end - item), -1)
         ring_row = torch.where(in_ring, self.ring_row(ratio, ring, request, item), -1)
         return Compression(
-            ratio=ratio, halves=halves, token=token,
+            ratio=ratio,
+            halves=halves,
+            token=token,
             position=(end.squeeze(-1) + 1 - ratio).masked_fill(padding, -1),
             slots=(self.out_slot[token] // ratio).masked_fill(padding, -1),
             step_row=step_row.masked_fill(padding.unsqueeze(-1), -1),
             ring_row=ring_row.masked_fill(padding.unsqueeze(-1), -1),
-            ring_write_row=self.ring_row(ratio, ring, self.request, self.position).masked_fill(~self._kept(ratio), -1),
+            ring_write_row=self.ring_row(ratio, ring, self.request, self.position).masked_fill(
+                ~self._kept(ratio), -1
+            ),
         )
 
     def _kept(self, ratio: int) -> Tensor:
-        """bool [T]: rows whose projections later steps need, the unfinished window and, for ratio 4, the one before it.
+        """bool [T]: rows whose projections later steps need, the unfinished window and, for ratio
+        4, the one before it.
 
-        The last four tokens of a page are kept as well, so that whoever continues after that page finds them.
+        The last four tokens of a page are kept as well, so that whoever continues after that page
+        finds them.
         """
         whole = self.seq_lens[self.request] // ratio * ratio
         if ratio == 4:
@@ -96,5 +124,8 @@ class _Steps:
         return self.position >= whole
 
 
-build_step_plan.add(Implementation("triton", "dsv4_plugin.kernels.triton.step_plan:build_step_plan",
-                                   packages=("triton",)))
+build_step_plan.add(
+    Implementation(
+        "triton", "dsv4_plugin.kernels.triton.step_plan:build_step_plan", packages=("triton",)
+    )
+)

@@ -10,10 +10,11 @@ from .operator import Implementation, operator
 
 @operator
 def topk_select(logits: Tensor, visible: Tensor, topk: int) -> Tensor:
-    """Entry numbers int64 [T, min(topk, E)] of the largest `logits` fp32 [T, E], ascending, -1 past the last.
+    """Entry numbers int64 [T, min(topk, E)] of the largest `logits` fp32 [T, E], ascending, -1 past
+    the last.
 
-    Only the first `visible` [T] entries of a row count; a row that sees no more than `topk` selects all of them. Equal
-    logits at the border go to the lowest entry numbers.
+    Only the first `visible` [T] entries of a row count; a row that sees no more than `topk` selects
+    all of them. Equal logits at the border go to the lowest entry numbers.
     """
     entries = logits.shape[1]
     number = torch.arange(entries, device=logits.device)
@@ -25,8 +26,16 @@ def topk_select(logits: Tensor, visible: Tensor, topk: int) -> Tensor:
     above = logits > border
     tied = (logits == border) & seen
     chosen = above | (tied & (tied.cumsum(-1) <= topk - above.sum(-1, keepdim=True)))
-    numbers = torch.where(chosen & seen, number, entries).topk(topk, -1, largest=False, sorted=True).values
+    numbers = (
+        torch.where(chosen & seen, number, entries)
+        .topk(topk, -1, largest=False, sorted=True)
+        .values
+    )
     return numbers.masked_fill(numbers == entries, -1)
 
 
-topk_select.add(Implementation("triton", "dsv4_plugin.kernels.triton.topk_select:topk_select", packages=("triton",)))
+topk_select.add(
+    Implementation(
+        "triton", "dsv4_plugin.kernels.triton.topk_select:topk_select", packages=("triton",)
+    )
+)

@@ -1,4 +1,5 @@
-"""A small engine on torch alone, with the host pool's paged layouts: for checks and kernel work without SGLang."""
+"""A small engine on torch alone, with the host pool's paged layouts: for checks and kernel work
+without SGLang."""
 
 from .engine import Engine, Sequence
 

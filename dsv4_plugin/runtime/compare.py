@@ -1,6 +1,7 @@
 """How far an implementation of an operator is from its reference, and how far it may be.
 
-Shared by `dsv4 verify`, which makes its own data, and by the probe, which takes the data of the loaded model.
+Shared by `dsv4 verify`, which makes its own data, and by the probe, which takes the data of the
+loaded model.
 """
 
 from __future__ import annotations
@@ -26,9 +27,17 @@ class Tolerance:
 
 
 SAME = Tolerance(0.0, "integers: must be equal")
-FP32 = Tolerance(1e-4, "fp32 sums of up to 2^15 terms in another order: 2^-24 a term, some hundred times that in the worst row")
-BF16 = Tolerance(2e-2, "ten roundings to bf16 (2^-9 each) that an implementation may place elsewhere")
-FP8 = Tolerance(6e-2, "inputs may be rounded to e4m3, which moves a row by 2^-5; twice that in the worst row")
+FP32 = Tolerance(
+    1e-4,
+    "fp32 sums of up to 2^15 terms in another order: 2^-24 a term, some hundred times that in the"
+    " worst row",
+)
+BF16 = Tolerance(
+    2e-2, "ten roundings to bf16 (2^-9 each) that an implementation may place elsewhere"
+)
+FP8 = Tolerance(
+    6e-2, "inputs may be rounded to e4m3, which moves a row by 2^-5; twice that in the worst row"
+)
 
 _DISCRETE = {"topk_select", "build_step_plan", "sample_greedy"}
 _FP8_INPUTS = {"block_fp8_linear", "grouped_output", "moe", "shared_expert"}
@@ -47,10 +56,11 @@ def tolerance(operator: str, dtype: torch.dtype) -> Tolerance:
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """The largest over rows of |got - want| / |want| (Euclidean), rows that are nearly 0 measured by the largest row.
+    """The largest over rows of |got - want| / |want| (Euclidean), rows that are nearly 0 measured
+    by the largest row.
 
-    Only what is finite in `want` counts; anything not finite against it is infinitely wrong. Integers that differ at all
-    are infinitely wrong.
+    Only what is finite in `want` counts; anything not finite against it is infinitely wrong.
+    Integers that differ at all are infinitely wrong.
     """
     if got.shape != want.shape:
         return float("inf")
@@ -80,16 +90,23 @@ def outcome(operator: Operator, result: Any, arguments: dict[str, Any]) -> dict[
     if view is not None:
         return view(result, arguments)
     values = result if isinstance(result, tuple) else (result,)
-    return {f"output {index}" if len(values) > 1 else "output": value.clone() for index, value in enumerate(values)}
+    return {
+        f"output {index}" if len(values) > 1 else "output": value.clone()
+        for index, value in enumerate(values)
+    }
 
 
 def mutable(operator: Operator, arguments: dict[str, Any]) -> list[Tensor]:
-    """Tensors that a call both reads and writes: restored between two runs on the same arguments."""
+    """Tensors that a call both reads and writes: restored between two runs on the same
+    arguments."""
     return [arguments["ring"]] if operator.name == "compress" else []
 
 
-def errors(operator: Operator, run: Callable[..., Any], args: tuple, kwargs: dict) -> tuple[Any, dict[str, float]]:
-    """(the result of `run`, the error of each thing it produced against the reference on the same arguments)."""
+def errors(
+    operator: Operator, run: Callable[..., Any], args: tuple, kwargs: dict
+) -> tuple[Any, dict[str, float]]:
+    """(the result of `run`, the error of each thing it produced against the reference on the same
+    arguments)."""
     arguments = bound(operator, args, kwargs)
     states = mutable(operator, arguments)
     before = [state.clone() for state in states]
@@ -113,7 +130,12 @@ def _compressed(result: None, a: dict[str, Any]) -> dict[str, Tensor]:
 
 def _quantised(result: tuple[Tensor, Tensor, Tensor], a: dict[str, Any]) -> dict[str, Tensor]:
     normed, values, scale = result
-    return {"normed": normed, "fp8": (values.float().unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)}
+    return {
+        "normed": normed,
+        "fp8": (
+            (values.float().unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
+        ),
+    }
 
 
 def _index_queries(result: tuple[Tensor, Tensor], a: dict[str, Any]) -> dict[str, Tensor]:
@@ -123,7 +145,9 @@ def _index_queries(result: tuple[Tensor, Tensor], a: dict[str, Any]) -> dict[str
 
 def _seen_logits(result: Tensor, a: dict[str, Any]) -> dict[str, Tensor]:
     entries = torch.arange(result.shape[1], device=result.device)
-    return {"logits": result.masked_fill(entries >= a["plan"].visible(4).unsqueeze(-1), float("-inf"))}
+    return {
+        "logits": result.masked_fill(entries >= a["plan"].visible(4).unsqueeze(-1), float("-inf"))
+    }
 
 
 def _routed(result: tuple[Tensor, Tensor], a: dict[str, Any]) -> dict[str, Tensor]:
@@ -135,7 +159,10 @@ def _routed(result: tuple[Tensor, Tensor], a: dict[str, Any]) -> dict[str, Tenso
 def _plan(plan: StepPlan, a: dict[str, Any]) -> dict[str, Tensor]:
     pages = torch.arange(plan.page_table.shape[1], device=plan.page_table.device)
     owned = pages * 256 < a["seq_lens"].unsqueeze(-1)
-    found = {name: getattr(plan, name) for name in ("position", "request", "query", "window_write", "window")}
+    found = {
+        name: getattr(plan, name)
+        for name in ("position", "request", "query", "window_write", "window")
+    }
     found["page_table"] = plan.page_table.masked_fill(~owned, -1)
     for ratio, rows in plan.compression.items():
         real = rows.token >= 0
@@ -146,7 +173,12 @@ def _plan(plan: StepPlan, a: dict[str, Any]) -> dict[str, Tensor]:
 
 
 _VIEWS: dict[str, Callable[[Any, dict[str, Any]], dict[str, Tensor]]] = {
-    "qk_norm_rope_store": _stored, "compress": _compressed, "rms_norm_quant": _quantised,
-    "rope_hadamard_quant": _index_queries, "indexer_logits": _seen_logits, "route": _routed, "build_step_plan": _plan,
+    "qk_norm_rope_store": _stored,
+    "compress": _compressed,
+    "rms_norm_quant": _quantised,
+    "rope_hadamard_quant": _index_queries,
+    "indexer_logits": _seen_logits,
+    "route": _routed,
+    "build_step_plan": _plan,
 }
 assert set(_VIEWS) | _DISCRETE | _FP8_INPUTS | _FP8_OUTPUTS <= set(OPERATORS)

@@ -19,7 +19,8 @@ from .pool import Pages, PoolFull, make_caches
 
 @dataclass
 class Sequence:
-    """One request of an engine: its row of the slot table, its pages and the tokens computed so far."""
+    """One request of an engine: its row of the slot table, its pages and the tokens computed so
+    far."""
 
     row: int
     length: int = 0
@@ -28,27 +29,41 @@ class Sequence:
 
 
 class Engine:
-    """Runs a DeepseekV4 on ragged batches; holds pages for `max_tokens` tokens and `max_requests` sequences.
+    """Runs a DeepseekV4 on ragged batches; holds pages for `max_tokens` tokens and `max_requests`
+    sequences.
 
     `page_seed` shuffles the order of full and window pages, which must not change any result.
     """
 
-    def __init__(self, model: DeepseekV4, max_tokens: int = 16384, max_requests: int = 32,
-                 page_seed: int | None = None):
+    def __init__(
+        self,
+        model: DeepseekV4,
+        max_tokens: int = 16384,
+        max_requests: int = 32,
+        page_seed: int | None = None,
+    ):
         self.model = model
         self.device = model.embed.weight.device
         pages = -(-max_tokens // PAGE_TOKENS) + max_requests + 1
-        self.caches = make_caches(model.geometry, model.precision, pages, max_requests + 1, self.device)
+        self.caches = make_caches(
+            model.geometry, model.precision, pages, max_requests + 1, self.device
+        )
         self._pages = Pages(pages, page_seed)
         self._window_pages = Pages(pages, None if page_seed is None else page_seed + 1)
         self._rows = list(range(max_requests, 0, -1))
-        self._slots = torch.zeros(max_requests + 1, pages * PAGE_TOKENS, dtype=torch.int64, device=self.device)
-        self._full_to_window = torch.zeros(pages * PAGE_TOKENS, dtype=torch.int64, device=self.device)
+        self._slots = torch.zeros(
+            max_requests + 1, pages * PAGE_TOKENS, dtype=torch.int64, device=self.device
+        )
+        self._full_to_window = torch.zeros(
+            pages * PAGE_TOKENS, dtype=torch.int64, device=self.device
+        )
 
     def open(self) -> Sequence:
         """A new empty sequence. Raises PoolFull when all rows are taken."""
         if not self._rows:
-            raise PoolFull("all request rows are taken; close a sequence or give the engine more requests")
+            raise PoolFull(
+                "all request rows are taken; close a sequence or give the engine more requests"
+            )
         return Sequence(self._rows.pop())
 
     def close(self, sequence: Sequence) -> None:
@@ -60,19 +75,25 @@ class Engine:
 
     def _grow(self, batch: list[tuple[Sequence, int]]) -> None:
         """Takes the pages that the batch needs, all of them or, with PoolFull, none."""
-        needed = [-(-(sequence.length + count) // PAGE_TOKENS) - len(sequence.pages) for sequence, count in batch]
+        needed = [
+            -(-(sequence.length + count) // PAGE_TOKENS) - len(sequence.pages)
+            for sequence, count in batch
+        ]
         pages = zip(self._pages.take(sum(needed)), self._window_pages.take(sum(needed)))
         within = torch.arange(PAGE_TOKENS, device=self.device)
         for (sequence, _), count in zip(batch, needed):
             for page, window_page in islice(pages, count):
                 start = len(sequence.pages) * PAGE_TOKENS
-                self._slots[sequence.row, start:start + PAGE_TOKENS] = page * PAGE_TOKENS + within
-                self._full_to_window[page * PAGE_TOKENS + within] = window_page * PAGE_TOKENS + within
+                self._slots[sequence.row, start : start + PAGE_TOKENS] = page * PAGE_TOKENS + within
+                self._full_to_window[page * PAGE_TOKENS + within] = (
+                    window_page * PAGE_TOKENS + within
+                )
                 sequence.pages.append(page)
                 sequence.window_pages.append(window_page)
 
     def plan(self, batch: list[tuple[Sequence, int]]) -> StepPlan:
-        """The step plan that adds that many tokens to each sequence; pages are taken, lengths advance.
+        """The step plan that adds that many tokens to each sequence; pages are taken, lengths
+        advance.
 
         Raises PoolFull, with nothing taken, when there are too few pages for all of the batch.
         """
@@ -86,17 +107,31 @@ class Engine:
         first = (counts.cumsum(0) - counts)[request]
         position = prefix[request] + torch.arange(request.shape[0]) - first
         row = torch.tensor([sequence.row for sequence, _ in batch], dtype=torch.int64)
-        position, request, prefix, lens, row = (t.to(self.device) for t in (position, request, prefix, seq_lens, row))
+        position, request, prefix, lens, row = (
+            t.to(self.device) for t in (position, request, prefix, seq_lens, row)
+        )
         max_queries = max(counts.tolist(), default=0)
         enter_step(max_queries)
-        return build_step_plan(position, request, self._slots[row[request], position], prefix, lens, self._slots, row,
-                               self._full_to_window, max_queries, max(seq_lens.tolist(), default=0))
+        return build_step_plan(
+            position,
+            request,
+            self._slots[row[request], position],
+            prefix,
+            lens,
+            self._slots,
+            row,
+            self._full_to_window,
+            max_queries,
+            max(seq_lens.tolist(), default=0),
+        )
 
     @torch.inference_mode()
     def forward(self, batch: list[tuple[Sequence, list[int]]]) -> Tensor:
         """Streams [T, 4, d] of the new tokens of all sequences, in the order given."""
         plan = self.plan([(sequence, len(tokens)) for sequence, tokens in batch])
-        return self.model(self._ids([token for _, tokens in batch for token in tokens]), plan, self.caches)
+        return self.model(
+            self._ids([token for _, tokens in batch for token in tokens]), plan, self.caches
+        )
 
     @torch.inference_mode()
     def logits(self, streams: Tensor) -> Tensor:
@@ -105,14 +140,16 @@ class Engine:
 
     @torch.inference_mode()
     def score(self, prompt: list[int], chunks: Iterable[int] | None = None) -> Tensor:
-        """fp32 logits [len(prompt), vocab], prefilled in one chunk or in chunks of the given lengths."""
+        """fp32 logits [len(prompt), vocab], prefilled in one chunk or in chunks of the given
+        lengths."""
         return torch.cat([self.logits(streams) for _, _, streams in self._chunks(prompt, chunks)])
 
     @torch.inference_mode()
     def score_draft(self, prompt: list[int], chunks: Iterable[int] | None = None) -> Tensor:
         """fp32 logits [len(prompt), vocab] of the MTP block, prefilled like `score`.
 
-        Row t predicts token t + 2 from the backbone's streams at t and token t + 1, which after the last is 0.
+        Row t predicts token t + 2 from the backbone's streams at t and token t + 1, which after the
+        last is 0.
         """
         shifted, parts = [*prompt[1:], 0], []
         for part, plan, streams in self._chunks(prompt, chunks):
@@ -120,8 +157,11 @@ class Engine:
             parts.append(self.model.logits(self.model.mtp[0].collapse(streams)))
         return torch.cat(parts)
 
-    def _chunks(self, prompt: list[int], sizes: Iterable[int] | None) -> Iterator[tuple[slice, StepPlan, Tensor]]:
-        """Prefills `prompt` as a sequence of its own: the part of each chunk, its plan and the backbone's streams."""
+    def _chunks(
+        self, prompt: list[int], sizes: Iterable[int] | None
+    ) -> Iterator[tuple[slice, StepPlan, Tensor]]:
+        """Prefills `prompt` as a sequence of its own: the part of each chunk, its plan and the
+        backbone's streams."""
         sequence, start = self.open(), 0
         try:
             for size in sizes or [len(prompt)]:
@@ -136,11 +176,17 @@ class Engine:
         return torch.tensor(tokens, dtype=torch.int64, device=self.device)
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, chunk: int = 2048) -> list[list[int]]:
-        """Greedy continuations of all prompts, decoded as one batch; no token ends a sequence early."""
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, chunk: int = 2048
+    ) -> list[list[int]]:
+        """Greedy continuations of all prompts, decoded as one batch; no token ends a sequence
+        early."""
         sequences = [self.open() for _ in prompts]
         try:
-            last = [self._prefill(sequence, prompt, chunk) for sequence, prompt in zip(sequences, prompts)]
+            last = [
+                self._prefill(sequence, prompt, chunk)
+                for sequence, prompt in zip(sequences, prompts)
+            ]
             out = [[token] for token in last]
             for _ in range(max_new_tokens - 1):
                 streams = self.forward([(s, [tokens[-1]]) for s, tokens in zip(sequences, out)])
@@ -153,5 +199,5 @@ class Engine:
 
     def _prefill(self, sequence: Sequence, prompt: list[int], chunk: int) -> int:
         for start in range(0, len(prompt), chunk):
-            streams = self.forward([(sequence, prompt[start:start + chunk])])
+            streams = self.forward([(sequence, prompt[start : start + chunk])])
         return int(sample_greedy(self.logits(streams[-1:])))

@@ -1,7 +1,8 @@
-"""A fixed prompt through a loaded model, every operator of the sampled layers against its reference on the same data.
+"""A fixed prompt through a loaded model, every operator of the sampled layers against its reference
+on the same data.
 
-What it can catch: an implementation that is wrong on this machine, for these weights and these shapes. What it cannot:
-wrong weights, which reference and implementation share.
+What it can catch: an implementation that is wrong on this machine, for these weights and these
+shapes. What it cannot: wrong weights, which reference and implementation share.
 """
 
 from __future__ import annotations
@@ -51,15 +52,18 @@ def sampled_layers(geometry: Geometry) -> tuple[int, ...]:
 
 
 def prompt(geometry: Geometry) -> list[int]:
-    """Token ids that fill windows of every kind and give the indexer more entries than it may select."""
+    """Token ids that fill windows of every kind and give the indexer more entries than it may
+    select."""
     length = max(300, 4 * geometry.index_topk + 44)
     return [(17 + 7919 * position) % geometry.vocab_size for position in range(length)]
 
 
 def probe(model: DeepseekV4) -> Probe:
-    """Runs the probe on the backbone of `model`, in caches of its own; every rank of a layout must call it.
+    """Runs the probe on the backbone of `model`, in caches of its own; every rank of a layout must
+    call it.
 
-    Raises ProbeError naming operator, implementation and layer at the first mismatch, and for logits that are not finite.
+    Raises ProbeError naming operator, implementation and layer at the first mismatch, and for
+    logits that are not finite.
     """
     ids = prompt(model.geometry)
     found = Probe(sampled_layers(model.geometry), len(ids) + DECODED)
@@ -75,8 +79,11 @@ def probe(model: DeepseekV4) -> Probe:
         for tokens in (ids, *[[token] for token in ids[:DECODED]]):
             streams = engine.forward([(sequence, tokens)])
             if not engine.logits(streams[-1:]).isfinite().all():
-                raise ProbeError(f"the logits of a fixed prompt are not finite after {sequence.length} tokens; find the layer "
-                                 "with DSV4_PROFILE=safe and DSV4_LAYERS_<OPERATOR>, and check the checkpoint")
+                raise ProbeError(
+                    f"the logits of a fixed prompt are not finite after {sequence.length} tokens;"
+                    " find the layer with DSV4_PROFILE=safe and DSV4_LAYERS_<OPERATOR>, and check"
+                    " the checkpoint"
+                )
     return found
 
 
@@ -88,9 +95,12 @@ def _checked(operator: Operator, choice: Choice, args: tuple, kwargs: dict, foun
         if error > allowed.limit:
             where = "outside the layers" if HERE.layer < 0 else f"in layer {HERE.layer}"
             raise ProbeError(
-                f"{operator.name} is wrong {where} during {HERE.phase}: {choice.implementation} differs from the reference "
-                f"by {error:.2e} in its {what}, allowed are {allowed.limit:.0e} ({allowed.why}). Start with "
-                f"{flags.operator_flag(operator.name)}=reference to serve without it, and run `dsv4 verify --op {operator.name}`")
+                f"{operator.name} is wrong {where} during {HERE.phase}: {choice.implementation}"
+                f" differs from the reference by {error:.2e} in its {what}, allowed are"
+                f" {allowed.limit:.0e} ({allowed.why}). Start with"
+                f" {flags.operator_flag(operator.name)}=reference to serve without it, and run"
+                f" `dsv4 verify --op {operator.name}`"
+            )
         found.worst = max(found.worst, error / allowed.limit if allowed.limit else 0.0)
     found.compared[operator.name] = choice.implementation
     found.calls += 1

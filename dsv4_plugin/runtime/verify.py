@@ -53,7 +53,9 @@ class Skipped:
     reason: str
 
 
-def verify_operators(names: list[str], device: torch.device, quick: bool, seed: int) -> Iterator[Result | Skipped]:
+def verify_operators(
+    names: list[str], device: torch.device, quick: bool, seed: int
+) -> Iterator[Result | Skipped]:
     """Checks every implementation of the operators `names` with fresh data of `seed`."""
     for name in names:
         for implementation in OPERATORS[name].implementations.values():
@@ -64,16 +66,18 @@ def verify_operators(names: list[str], device: torch.device, quick: bool, seed: 
             yield from _verify_implementation(OPERATORS[name], implementation, device, quick, seed)
 
 
-def _verify_implementation(operator: Operator, implementation: Implementation, device: torch.device, quick: bool,
-                           seed: int) -> Iterator[Result | Skipped]:
+def _verify_implementation(
+    operator: Operator, implementation: Implementation, device: torch.device, quick: bool, seed: int
+) -> Iterator[Result | Skipped]:
     for model in MODELS[:1] if quick else MODELS:
         for size in sizes(model, device, quick):
             for case in cases(operator.name, size, device, seed):
                 yield from _verify_case(operator, implementation, case, device)
 
 
-def _verify_case(operator: Operator, implementation: Implementation, case: Case,
-                 device: torch.device) -> Iterator[Result | Skipped]:
+def _verify_case(
+    operator: Operator, implementation: Implementation, case: Case, device: torch.device
+) -> Iterator[Result | Skipped]:
     arguments = case.arguments()
     if implementation.requires and (reason := implementation.requires(*arguments)):
         yield Skipped(operator.name, implementation.name, f"{case.label}: {reason}")
@@ -82,18 +86,37 @@ def _verify_case(operator: Operator, implementation: Implementation, case: Case,
     try:
         run = implementation.load()
         _, found = errors(operator, run, arguments, {})
-        seconds, reference = (_seconds(each, case.arguments(), device) for each in (run, operator.reference))
-        yield Result(operator.name, implementation.name, case.label, max(found.values(), default=0.0), allowed, seconds,
-                     reference, ", ".join(name for name, each in found.items() if each > allowed.limit))
+        seconds, reference = (
+            _seconds(each, case.arguments(), device) for each in (run, operator.reference)
+        )
+        yield Result(
+            operator.name,
+            implementation.name,
+            case.label,
+            max(found.values(), default=0.0),
+            allowed,
+            seconds,
+            reference,
+            ", ".join(name for name, each in found.items() if each > allowed.limit),
+        )
         if device.type == "cuda":
             yield _replayed(operator, run, case, implementation.name)
     except Exception as failure:  # a kernel may fail in any way; the other checks still have to run
-        yield Result(operator.name, implementation.name, case.label, float("inf"), allowed,
-                     note=f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}")
+        yield Result(
+            operator.name,
+            implementation.name,
+            case.label,
+            float("inf"),
+            allowed,
+            note=(
+                f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+            ),
+        )
 
 
 def _seconds(run: Callable, arguments: tuple, device: torch.device) -> float:
-    """Best of some runs, the first not counted; on a CPU, where kernels are interpreted, one run."""
+    """Best of some runs, the first not counted; on a CPU, where kernels are interpreted, one
+    run."""
     times = []
     for _ in range(1 if device.type == "cpu" else 20):
         start = time.perf_counter()
@@ -115,36 +138,57 @@ def _replayed(operator: Operator, run: Callable, case: Case, name: str) -> Resul
     torch.cuda.synchronize()
     got = outcome(operator, result, bound(operator, captured, {}))
     same = all(torch.equal(got[key].nan_to_num(), want[key].nan_to_num()) for key in want)
-    return Result(operator.name, name, f"{case.label}, graph replay", 0.0 if same else float("inf"),
-                  Tolerance(0.0, "a replay runs the same kernels on the same data: equal bits"))
+    return Result(
+        operator.name,
+        name,
+        f"{case.label}, graph replay",
+        0.0 if same else float("inf"),
+        Tolerance(0.0, "a replay runs the same kernels on the same data: equal bits"),
+    )
 
 
-PROMPT = 333  # more than 128 + 256 would add nothing; unaligned to windows of 4 and 128 and to a page of 256
+# more than 128 + 256 would add nothing; unaligned to windows of 4 and 128 and to a page of 256
+PROMPT = 333
 NEW_TOKENS = 12
 
-SERVING = Tolerance(0.1, "bf16 over six layers, where a reordered rounding may change one selected entry of 64")
+SERVING = Tolerance(
+    0.1, "bf16 over six layers, where a reordered rounding may change one selected entry of 64"
+)
 SAME_MODEL = Tolerance(2e-3, "fp32 throughout; sums of other lengths order their terms differently")
 
 
 def verify_model(device: torch.device, seed: int) -> Iterator[Result]:
     """A tiny checkpoint through the runtime, with the implementations in use.
 
-    exact: a prompt in one chunk, in ragged chunks and token by token must give the same logits. serving: what the chosen
-    implementations give against all references on the same weights.
+    exact: a prompt in one chunk, in ragged chunks and token by token must give the same logits.
+    serving: what the chosen implementations give against all references on the same weights.
     """
     with tempfile.TemporaryDirectory(prefix="dsv4-verify-") as directory:
         path = Path(directory) / "tiny"
         write_tiny(path, tiny_config(hidden=256), seed=seed)
-        prompt = torch.randint(300, (PROMPT,), generator=torch.Generator().manual_seed(seed)).tolist()
+        prompt = torch.randint(
+            300, (PROMPT,), generator=torch.Generator().manual_seed(seed)
+        ).tolist()
         exact = _engine(path, Precision.EXACT, device)
         with references():
             whole = exact.score(prompt)
             ragged = exact.score(prompt, [1, 6, 121, 128, 70, *[1] * 7])
             new = exact.generate([prompt], NEW_TOKENS, chunk=100)[0]
-            again = exact.score(prompt + new)[len(prompt) - 1:-1].argmax(-1).tolist()
-        yield Result("model", "reference", "exact: chunks against one prefill", error(ragged, whole), SAME_MODEL)
-        yield Result("model", "reference", f"exact: {NEW_TOKENS} decoded tokens against their prefill",
-                     0.0 if new == again else float("inf"), Tolerance(0.0, "the same tokens"))
+            again = exact.score(prompt + new)[len(prompt) - 1 : -1].argmax(-1).tolist()
+        yield Result(
+            "model",
+            "reference",
+            "exact: chunks against one prefill",
+            error(ragged, whole),
+            SAME_MODEL,
+        )
+        yield Result(
+            "model",
+            "reference",
+            f"exact: {NEW_TOKENS} decoded tokens against their prefill",
+            0.0 if new == again else float("inf"),
+            Tolerance(0.0, "the same tokens"),
+        )
         serving = _engine(path, Precision.SERVING, device)
         start = time.perf_counter()
         chosen = serving.score(prompt)
@@ -153,8 +197,15 @@ def verify_model(device: torch.device, seed: int) -> Iterator[Result]:
             start = time.perf_counter()
             want = serving.score(prompt)
             reference_seconds = time.perf_counter() - start
-        yield Result("model", "in use", "serving: implementations in use against references", error(chosen, want), SERVING,
-                     seconds, reference_seconds)
+        yield Result(
+            "model",
+            "in use",
+            "serving: implementations in use against references",
+            error(chosen, want),
+            SERVING,
+            seconds,
+            reference_seconds,
+        )
 
 
 def _engine(path: Path, precision: Precision, device: torch.device) -> Engine:
@@ -165,7 +216,9 @@ def _engine(path: Path, precision: Precision, device: torch.device) -> Engine:
 
 def references():
     """While it lasts, every operator runs its reference."""
-    return selection.observed(lambda operator, choice, *args, **kwargs: operator.reference(*args, **kwargs))
+    return selection.observed(
+        lambda operator, choice, *args, **kwargs: operator.reference(*args, **kwargs)
+    )
 
 
 def machine() -> torch.device:

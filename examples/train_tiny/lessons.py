@@ -1,4 +1,5 @@
-"""Batches to learn from: running text with facts in between, stated once, and stated again near and far."""
+"""Batches to learn from: running text with facts in between, stated once, and stated again near and
+far."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from dsv4_plugin.bench.recall import NAMES, THINGS, cue, fact, question
 
 UNPREDICTABLE, ORDINARY, RECALLED = 0.0, 1.0, 4.0
-"""Weights of a token's loss: what nothing tells, text, and the thing of a fact that was stated before."""
+"""Weights of a token's loss: what nothing tells, text, and the thing of a fact that was stated
+before."""
 
 
 @dataclass
@@ -49,15 +51,31 @@ class Lessons:
         self.encode = lambda string: tokenizer.encode(string, add_special_tokens=False).ids
         self.text = self.encode(text)
         self.bos, self.eos, self.user, self.assistant, self.no_thinking = map(
-            tokenizer.token_to_id, ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "</think>"))
-        self.facts = {(name, thing): self.encode(fact(name, thing)) for name in NAMES for thing in THINGS}
-        if any(len(ids) != 4 for ids in self.facts.values()) or len(self.encode(cue(NAMES[0]))) != 2:
+            tokenizer.token_to_id,
+            (
+                "<｜begin▁of▁sentence｜>",
+                "<｜end▁of▁sentence｜>",
+                "<｜User｜>",
+                "<｜Assistant｜>",
+                "</think>",
+            ),
+        )
+        self.facts = {
+            (name, thing): self.encode(fact(name, thing)) for name in NAMES for thing in THINGS
+        }
+        if (
+            any(len(ids) != 4 for ids in self.facts.values())
+            or len(self.encode(cue(NAMES[0]))) != 2
+        ):
             raise ValueError("a name, 'likes', a thing and the full stop must be one token each")
         self.questions = {name: self.encode("\n" + question(name)) for name in NAMES}
         self.opening = self.encode("I remember that")
 
-    def batch(self, rng: random.Random, size: int, length: int, gaps: Sequence[int], plain: float = 0.15) -> Batch:
-        """`size` documents of `length` tokens; a share of `plain` is text alone. `gaps` are mean lengths of text between facts."""
+    def batch(
+        self, rng: random.Random, size: int, length: int, gaps: Sequence[int], plain: float = 0.15
+    ) -> Batch:
+        """`size` documents of `length` tokens; a share of `plain` is text alone. `gaps` are mean
+        lengths of text between facts."""
         rows, weights, recalls = [], [], []
         for row in range(size):
             document = _Document(self, rng, row)
@@ -91,11 +109,12 @@ class _Document:
         text = self.lessons.text
         if self.place + count > len(text):
             self.place = self.rng.randrange(len(text) - count)
-        self.add(text[self.place:self.place + count])
+        self.add(text[self.place : self.place + count])
         self.place += count
 
     def state(self, name: str) -> None:
-        """A fact about `name`: a thing drawn at random the first time, the same thing from then on."""
+        """A fact about `name`: a thing drawn at random the first time, the same thing from then
+        on."""
         known = name in self.things
         thing = self.things.setdefault(name, self.rng.choice(THINGS))
         ids, start = self.lessons.facts[name, thing], len(self.tokens)
@@ -118,7 +137,9 @@ class _Document:
 
     def facts_and_text(self, length: int, gap: int) -> None:
         rng = self.rng
-        names = rng.sample(NAMES, min(len(NAMES), max(2, length // (gap + 4) // rng.choice((2, 3, 4)))))
+        names = rng.sample(
+            NAMES, min(len(NAMES), max(2, length // (gap + 4) // rng.choice((2, 3, 4))))
+        )
         chat = rng.random() < 0.4
         if chat:
             self.add([self.lessons.user], UNPREDICTABLE)

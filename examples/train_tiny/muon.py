@@ -1,4 +1,5 @@
-"""Muon for matrices, Adam for the rest (Jordan et al. 2024: momentum, orthogonalised by Newton-Schulz iterations)."""
+"""Muon for matrices, Adam for the rest (Jordan et al. 2024: momentum, orthogonalised by
+Newton-Schulz iterations)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from torch import Tensor
 
 
 def orthogonalized(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: all singular values of `matrix` [..., m, n] moved near 1, in fp32."""
+    """The nearest semi-orthogonal matrix, roughly: all singular values of `matrix` [..., m, n]
+    moved near 1, in fp32."""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrix.shape[-2] <= matrix.shape[-1]
     x = matrix if wide else matrix.mT
@@ -19,7 +21,8 @@ def orthogonalized(matrix: Tensor, iterations: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalised updates for parameters [..., m, n]; torch's own takes no stacks and computes in bf16."""
+    """Momentum with orthogonalised updates for parameters [..., m, n]; torch's own takes no stacks
+    and computes in bf16."""
 
     def __init__(self, parameters, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})

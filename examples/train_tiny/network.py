@@ -1,7 +1,9 @@
-"""DeepseekV4 of this package made to learn: whole sequences at once, with gradients, through the quantisers.
+"""DeepseekV4 of this package made to learn: whole sequences at once, with gradients, through the
+quantisers.
 
-Every operator but attention is the package's own reference. Attention over paged caches becomes attention over blocks
-of 128 tokens of a batch, of the same formulas (docs/model.md §3.2-3.4); tests hold both to the same logits.
+Every operator but attention is the package's own reference. Attention over paged caches becomes
+attention over blocks of 128 tokens of a batch, of the same formulas (docs/model.md §3.2-3.4); tests
+hold both to the same logits.
 """
 
 from __future__ import annotations
@@ -14,7 +16,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dsv4_plugin.config import Geometry, Precision
-from dsv4_plugin.formats import dequantize_weight, hadamard, quantize_weight_fp4, quantize_weight_fp8, round_to_fp4, round_to_fp8
+from dsv4_plugin.formats import (
+    dequantize_weight,
+    hadamard,
+    quantize_weight_fp4,
+    quantize_weight_fp8,
+    round_to_fp4,
+    round_to_fp8,
+)
 from dsv4_plugin.model import DeepseekV4
 from dsv4_plugin.model.attention import Attention, Compressor, Indexer
 from dsv4_plugin.model.linear import Linear
@@ -49,8 +58,8 @@ class Rounded(nn.Module):
 class Lesson:
     """A batch [B, T] and what its layers leave for the loss.
 
-    `rounding` applies the roundings of `official` precision to what is cached; `sparse` restricts ratio-4 attention to
-    the indexer's choice.
+    `rounding` applies the roundings of `official` precision to what is cached; `sparse` restricts
+    ratio-4 attention to the indexer's choice.
     """
 
     token_ids: Tensor
@@ -63,7 +72,8 @@ class Lesson:
     entry_attention: list[Tensor] = field(default_factory=list)
     """[B, T, h, E] probabilities of each ratio-4 layer's entries."""
     previous_attention: list[Tensor] = field(default_factory=list)
-    """[B, T - 1] probability that head 0 of each window layer gives the token before, from the second token on."""
+    """[B, T - 1] probability that head 0 of each window layer gives the token before, from the
+    second token on."""
 
     @property
     def length(self) -> int:
@@ -73,16 +83,19 @@ class Lesson:
 def _pool(compressor: Compressor, x: Tensor) -> Tensor:
     """Entries [B, T // ratio, D] of `x` [B, T, d], before norm (docs/model.md §3.3)."""
     ratio, count = compressor.ratio, x.shape[1] // compressor.ratio
-    x = x[:, :count * ratio]
+    x = x[:, : count * ratio]
     values = linear_fp32(x, compressor.wkv.weight).unflatten(1, (count, ratio))
     scores = linear_fp32(x, compressor.wgate.weight).unflatten(1, (count, ratio)) + compressor.ape
     if ratio == 4:
-        values, scores = (_overlapping(part, empty) for part, empty in ((values, 0.0), (scores, float("-inf"))))
+        values, scores = (
+            _overlapping(part, empty) for part, empty in ((values, 0.0), (scores, float("-inf")))
+        )
     return (scores.softmax(2) * values).sum(2)
 
 
 def _overlapping(windows: Tensor, empty: float) -> Tensor:
-    """[B, n, 8, D] of [B, n, 4, 2D]: the a-half of the window before, then the b-half of this one."""
+    """[B, n, 8, D] of [B, n, 4, 2D]: the a-half of the window before, then the b-half of this
+    one."""
     before, here = windows.chunk(2, -1)
     first = torch.full_like(before[:, :1], empty)
     return torch.cat((torch.cat((first, before[:, :-1]), 1), here), 2)
@@ -92,13 +105,15 @@ def _entries(compressor: Compressor, x: Tensor, rotation_rows: tuple[Tensor, Ten
     """Normed and rotated entries [B, E, D] of `x` [B, T, d]."""
     entries = rms_norm(_pool(compressor, x), compressor.norm.weight, compressor.eps)
     at = slice(0, entries.shape[1] * compressor.ratio, compressor.ratio)
-    cos, sin = (part[:x.shape[1]][at].repeat(x.shape[0], 1) for part in rotation_rows)
+    cos, sin = (part[: x.shape[1]][at].repeat(x.shape[0], 1) for part in rotation_rows)
     return apply_rope(entries.flatten(0, 1), cos, sin).view_as(entries)
 
 
 def _round_latent(latent: Tensor) -> Tensor:
     nope = latent[..., :448]
-    return torch.cat((straight_through(nope, round_to_fp8(nope.detach(), 64)), latent[..., 448:]), -1)
+    return torch.cat(
+        (straight_through(nope, round_to_fp8(nope.detach(), 64)), latent[..., 448:]), -1
+    )
 
 
 def _index_logits(indexer: Indexer, x: Tensor, qr: Tensor, lesson: Lesson) -> Tensor:
@@ -110,7 +125,9 @@ def _index_logits(indexer: Indexer, x: Tensor, qr: Tensor, lesson: Lesson) -> Te
     q = hadamard(apply_rope(q.flatten(0, 1), cos, sin)).view_as(q)
     if lesson.rounding:
         keys, q = (straight_through(each, round_to_fp4(each.detach())) for each in (keys, q))
-    weights = linear_fp32(x, indexer.weights_proj.weight) * (indexer.dim**-0.5 * indexer.heads**-0.5)
+    weights = linear_fp32(x, indexer.weights_proj.weight) * (
+        indexer.dim**-0.5 * indexer.heads**-0.5
+    )
     logits = 0
     for head in range(indexer.heads):
         logits = logits + weights[..., head, None] * F.relu(q[:, :, head] @ keys.transpose(1, 2))
@@ -123,7 +140,8 @@ def _visible(length: int, ratio: int) -> Tensor:
 
 
 class BlockAttention(Attention):
-    """Attention of one layer over a batch of whole sequences; the class of trained layers in place of Attention."""
+    """Attention of one layer over a batch of whole sequences; the class of trained layers in place
+    of Attention."""
 
     def forward(self, x: Tensor, lesson: Lesson) -> Tensor:
         """[B·T, d] of normed `x` [B·T, d]; T is a multiple of 128."""
@@ -132,7 +150,9 @@ class BlockAttention(Attention):
         qr = rms_norm(self.wq_a(x), self.q_norm.weight, self.eps)
         q = rms_norm(self.wq_b(qr).unflatten(-1, (self.heads, self.head_dim)), None, self.eps)
         q = apply_rope(q, cos, sin).view(batch, length, self.heads, self.head_dim)
-        latents = apply_rope(rms_norm(self.wkv(x), self.kv_norm.weight, self.eps), cos, sin).view(batch, length, -1)
+        latents = apply_rope(rms_norm(self.wkv(x), self.kv_norm.weight, self.eps), cos, sin).view(
+            batch, length, -1
+        )
         rows, low = x.view(batch, length, -1), qr.view(batch, length, -1)
         entries = mask = None
         if self.ratio:
@@ -142,7 +162,9 @@ class BlockAttention(Attention):
             latents = _round_latent(latents)
             entries = None if entries is None else _round_latent(entries)
         if self.ratio == 4:
-            logits = _index_logits(self.indexer, rows, low, lesson).masked_fill(~mask, float("-inf"))
+            logits = _index_logits(self.indexer, rows, low, lesson).masked_fill(
+                ~mask, float("-inf")
+            )
             lesson.index_logits.append(logits)
             if lesson.sparse and logits.shape[-1] > self.indexer.topk:
                 chosen = torch.zeros_like(logits, dtype=torch.bool)
@@ -150,7 +172,7 @@ class BlockAttention(Attention):
                 mask = mask & chosen
         o, p = _attend(q, latents, entries, mask, self.attn_sink, self.softmax_scale)
         if self.ratio == 4:
-            lesson.entry_attention.append(p[..., 2 * WINDOW + 1:])
+            lesson.entry_attention.append(p[..., 2 * WINDOW + 1 :])
         if not self.ratio:
             before = torch.arange(length) % WINDOW + WINDOW - 1
             lesson.previous_attention.append(p[:, torch.arange(1, length), 0, before[1:]])
@@ -159,12 +181,19 @@ class BlockAttention(Attention):
         return self.wo_b(z)
 
 
-def _attend(q: Tensor, latents: Tensor, entries: Tensor | None, mask: Tensor | None, sink: Tensor,
-            scale: float) -> tuple[Tensor, Tensor]:
-    """(output [B, T, h, D], probabilities [B, T, h, 256 + 1 + E] of two blocks, sink and entries) of `q` [B, T, h, D].
+def _attend(
+    q: Tensor,
+    latents: Tensor,
+    entries: Tensor | None,
+    mask: Tensor | None,
+    sink: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(output [B, T, h, D], probabilities [B, T, h, 256 + 1 + E] of two blocks, sink and entries)
+    of `q` [B, T, h, D].
 
-    A block of 128 queries sees two blocks of latents, masked to the window, and `entries` [B, E, D] where `mask`
-    [B, T, E]; one softmax with `sink` [h] in its denominator (docs/model.md §3.2).
+    A block of 128 queries sees two blocks of latents, masked to the window, and `entries` [B, E, D]
+    where `mask` [B, T, E]; one softmax with `sink` [h] in its denominator (docs/model.md §3.2).
     """
     batch, length, heads, dim = q.shape
     blocks = length // WINDOW
@@ -181,14 +210,15 @@ def _attend(q: Tensor, latents: Tensor, entries: Tensor | None, mask: Tensor | N
         compressed = (q.flatten(1, 2) @ entries.transpose(1, 2)).view(batch, length, heads, -1)
         parts.append(compressed.masked_fill(~mask.unsqueeze(2), float("-inf")))
     p = (torch.cat(parts, -1) * scale).softmax(-1)
-    o = (p[..., :2 * WINDOW].reshape(batch, blocks, WINDOW * heads, -1) @ keys).view_as(q)
+    o = (p[..., : 2 * WINDOW].reshape(batch, blocks, WINDOW * heads, -1) @ keys).view_as(q)
     if entries is not None:
-        o = o + (p[..., 2 * WINDOW + 1:].flatten(1, 2) @ entries).view_as(q)
+        o = o + (p[..., 2 * WINDOW + 1 :].flatten(1, 2) @ entries).view_as(q)
     return o, p
 
 
 def trainable(geometry: Geometry, quantized: bool) -> DeepseekV4:
-    """A DeepseekV4 whose parameters take gradients; with `quantized` its matrices round as the release stores them."""
+    """A DeepseekV4 whose parameters take gradients; with `quantized` its matrices round as the
+    release stores them."""
     model = DeepseekV4(geometry, Precision.EXACT)
     for module in list(model.modules()):
         if isinstance(module, Attention):
@@ -201,26 +231,39 @@ def trainable(geometry: Geometry, quantized: bool) -> DeepseekV4:
 
 
 def round_weights(model: DeepseekV4) -> None:
-    """From now on matrices round as the release stores them; the parameters behind them stay exact."""
+    """From now on matrices round as the release stores them; the parameters behind them stay
+    exact."""
     from dsv4_plugin.checkpoint.schema import expected_tensors
 
     expected = expected_tensors(model.geometry)
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear):
             stacked = module.weight.dim() == 3
-            stored = model.geometry.expert_dtype if stacked else "fp8" if name + ".scale" in expected else "bf16"
+            stored = (
+                model.geometry.expert_dtype
+                if stacked
+                else "fp8"
+                if name + ".scale" in expected
+                else "bf16"
+            )
             if stored != "bf16":
                 parametrize.register_parametrization(module, "weight", Rounded(stored), unsafe=True)
 
 
-def learn(model: DeepseekV4, tokens: Tensor, rounding: bool, sparse: bool, draft: bool = False) -> tuple[Tensor, Tensor | None, Lesson]:
-    """(hidden [B·T, d] before the head, of the MTP block too with `draft`, Lesson) of `tokens` int64 [B, T].
+def learn(
+    model: DeepseekV4, tokens: Tensor, rounding: bool, sparse: bool, draft: bool = False
+) -> tuple[Tensor, Tensor | None, Lesson]:
+    """(hidden [B·T, d] before the head, of the MTP block too with `draft`, Lesson) of `tokens`
+    int64 [B, T].
 
     Row t of the MTP block predicts token t + 2; its last row of a sequence means nothing.
     """
     batch, length = tokens.shape
     positions = torch.arange(length)
-    rotations = {ratio: rotation(positions, getattr(model, f"frequencies_{ratio}")) for ratio in {*model.geometry.compress_ratios}}
+    rotations = {
+        ratio: rotation(positions, getattr(model, f"frequencies_{ratio}"))
+        for ratio in {*model.geometry.compress_ratios}
+    }
     lesson = Lesson(tokens.flatten(), batch, rotations, rounding, sparse)
     streams = model.embedded(lesson.token_ids).unsqueeze(1).expand(-1, model.geometry.hc_mult, -1)
     for layer in model.layers:

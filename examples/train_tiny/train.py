@@ -1,9 +1,11 @@
-"""Trains the tiny checkpoint: text and facts, short sequences first, then longer ones, then through the quantisers.
+"""Trains the tiny checkpoint: text and facts, short sequences first, then longer ones, then through
+the quantisers.
 
     python examples/train_tiny/train.py STATE_DIR [--minutes M]
 
-Stops after M minutes or when done, and goes on from where it stopped when called again. STATE_DIR gets tokenizer.json,
-state.pt and log.jsonl; `export.py STATE_DIR CHECKPOINT` writes the released format.
+Stops after M minutes or when done, and goes on from where it stopped when called again. STATE_DIR
+gets tokenizer.json, state.pt and log.jsonl; `export.py STATE_DIR CHECKPOINT` writes the released
+format.
 """
 
 from __future__ import annotations
@@ -20,6 +22,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from geometry import VOCAB_SIZE, config
+from lessons import Batch, Lessons
+from muon import Muon
+from network import Lesson, learn, round_weights, trainable
+from text import corpus
+from text import lessons as recall_sentences
 from torch import Tensor, nn
 
 from dsv4_plugin.checkpoint.tiny_tokenizer import learn_merges, write_tokenizer
@@ -27,11 +35,6 @@ from dsv4_plugin.config import Geometry
 from dsv4_plugin.model import DeepseekV4
 from dsv4_plugin.ops.block_fp8_linear import linear_fp32
 from dsv4_plugin.ops.operator import observed
-from geometry import VOCAB_SIZE, config
-from lessons import Batch, Lessons
-from muon import Muon
-from network import Lesson, learn, round_weights, trainable
-from text import corpus, lessons as recall_sentences
 
 
 @dataclass(frozen=True)
@@ -64,22 +67,25 @@ MATRIX_RATE, VECTOR_RATE = 0.02, 0.004
 POINTER_WEIGHT = 1.0
 """Of the loss that shows ratio-4 attention and the indexer where a recalled fact was stated."""
 PREVIOUS_WEIGHT = 0.1
-"""Of the loss that makes the first head of the window layer look one token back: at " Alma likes" a query of a later
-layer must know the name, and text alone teaches that late."""
+"""Of the loss that makes the first head of the window layer look one token back: at " Alma likes" a
+query of a later layer must know the name, and text alone teaches that late."""
 BIAS_STEP = 0.002
 LOG_STEPS = 20
 
 
 def initialize(model: DeepseekV4, seed: int) -> None:
-    """Random weights of a size that lets every mechanism start: streams nearly kept, sinks that differ by head."""
+    """Random weights of a size that lets every mechanism start: streams nearly kept, sinks that
+    differ by head."""
     generator = torch.Generator().manual_seed(seed)
     n = model.geometry.hc_mult
     for name, parameter in model.named_parameters():
         end = name.rsplit(".", 1)[-1]
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("tid2eid"):
-            scores = torch.rand(parameter.shape[0], model.geometry.n_routed_experts, generator=generator)
-            value = scores.argsort(-1)[:, :parameter.shape[1]]
+            scores = torch.rand(
+                parameter.shape[0], model.geometry.n_routed_experts, generator=generator
+            )
+            value = scores.argsort(-1)[:, : parameter.shape[1]]
         elif "norm" in name or end.endswith("_scale"):
             value = torch.ones_like(parameter)
         elif end == "attn_sink":
@@ -87,35 +93,48 @@ def initialize(model: DeepseekV4, seed: int) -> None:
         elif end.endswith("_base"):
             value = 0.3 * noise
             if parameter.shape[0] > n:
-                value[2 * n:] += 4 * torch.eye(n).flatten()
+                value[2 * n :] += 4 * torch.eye(n).flatten()
         elif end in ("ape", "bias"):
             value = 0.0 * noise
         elif "embed" in name:
             value = 0.5 * noise
         else:
-            gain = 0.3 if any(part in name for part in ("wo_b", "w2", "head.weight", "_fn")) else 1.0
+            gain = (
+                0.3 if any(part in name for part in ("wo_b", "w2", "head.weight", "_fn")) else 1.0
+            )
             value = gain * noise * parameter.shape[-1] ** -0.5
         parameter.data.copy_(value)
 
 
 def optimizers(model: DeepseekV4) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, Adam for embedding, head, norms, sinks and hyper-connections."""
+    """Muon for the matrices inside the layers, Adam for embedding, head, norms, sinks and
+    hyper-connections."""
     matrices, vectors = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not name.endswith("gate.bias"):
-            inside = parameter.dim() > 1 and "_fn" not in name and "ape" not in name and not name.startswith(("embed", "head"))
+            inside = (
+                parameter.dim() > 1
+                and "_fn" not in name
+                and "ape" not in name
+                and not name.startswith(("embed", "head"))
+            )
             (matrices if inside else vectors).append(parameter)
-    return [Muon(matrices, MATRIX_RATE, weight_decay=0.02), torch.optim.AdamW(vectors, VECTOR_RATE, betas=(0.9, 0.97), weight_decay=0.0)]
+    return [
+        Muon(matrices, MATRIX_RATE, weight_decay=0.02),
+        torch.optim.AdamW(vectors, VECTOR_RATE, betas=(0.9, 0.97), weight_decay=0.0),
+    ]
 
 
 def entries_of(span: tuple[int, int], at: int) -> range:
-    """Ratio-4 entries visible at `at` that hold every token of `span`: entry j pools tokens 4j - 4 .. 4j + 3."""
+    """Ratio-4 entries visible at `at` that hold every token of `span`: entry j pools tokens 4j - 4
+    .. 4j + 3."""
     first, last = span
     return range(max(0, -(-(last - 3) // 4)), min((first + 4) // 4, (at + 1) // 4 - 1) + 1)
 
 
 def pointer_loss(lesson: Lesson, batch: Batch) -> Tensor:
-    """How far attention and indexer of the ratio-4 layers are from the entries that hold the facts asked for."""
+    """How far attention and indexer of the ratio-4 layers are from the entries that hold the facts
+    asked for."""
     rows, entries, count = [], [], 0
     for recall in batch.recalls:
         found = {entry for span in recall.spans for entry in entries_of(span, recall.at)}
@@ -147,12 +166,16 @@ def index_loss(lesson: Lesson) -> Tensor:
     return loss
 
 
-def token_loss(model: DeepseekV4, hidden: Tensor, batch: Batch, ahead: int) -> tuple[Tensor, Tensor]:
+def token_loss(
+    model: DeepseekV4, hidden: Tensor, batch: Batch, ahead: int
+) -> tuple[Tensor, Tensor]:
     """(mean weighted cross-entropy of the token `ahead` of each, logits [B, T, vocab])."""
     logits = linear_fp32(hidden, model.head.weight).view(*batch.tokens.shape, -1)
     kept = batch.tokens.shape[1] - ahead
-    loss = F.cross_entropy(logits[:, :kept].flatten(0, 1), batch.tokens[:, ahead:].flatten(), reduction="none")
-    weights = batch.weights[:, ahead - 1:ahead - 1 + kept].flatten()
+    loss = F.cross_entropy(
+        logits[:, :kept].flatten(0, 1), batch.tokens[:, ahead:].flatten(), reduction="none"
+    )
+    weights = batch.weights[:, ahead - 1 : ahead - 1 + kept].flatten()
     return (loss * weights).sum() / weights.sum(), logits
 
 
@@ -164,8 +187,12 @@ def measured(logits: Tensor, batch: Batch) -> dict[str, list[float]]:
     values = defaultdict(list, text=[loss.item()])
     guess = logits.argmax(-1)
     for recall in batch.recalls:
-        limit = next(limit for limit in (128, 512, 1024, 2048, 4096, 1 << 30) if recall.distance < limit)
-        values[f"recall<{limit}"].append(float(guess[recall.row, recall.at] == batch.tokens[recall.row, recall.at + 1]))
+        limit = next(
+            limit for limit in (128, 512, 1024, 2048, 4096, 1 << 30) if recall.distance < limit
+        )
+        values[f"recall<{limit}"].append(
+            float(guess[recall.row, recall.at] == batch.tokens[recall.row, recall.at + 1])
+        )
     return values
 
 
@@ -183,7 +210,8 @@ class Counting:
 
 
 def balance(model: DeepseekV4, counts: list[Tensor], draft: bool) -> None:
-    """Moves the biases of learned routers against the load (docs/model.md §3.5 uses them for the choice alone)."""
+    """Moves the biases of learned routers against the load (docs/model.md §3.5 uses them for the
+    choice alone)."""
     blocks = [*model.layers, *(model.mtp if draft else ())]
     for block, count in zip(blocks, counts):
         if block.ffn.gate.bias is not None:
@@ -218,7 +246,11 @@ class Course:
         directory.mkdir(parents=True, exist_ok=True)
         text, _ = corpus()
         if not (directory / "tokenizer.json").exists():
-            write_tokenizer(directory, config()["max_position_embeddings"], learn_merges([text, *repeat(recall_sentences(), 100)], VOCAB_SIZE))
+            write_tokenizer(
+                directory,
+                config()["max_position_embeddings"],
+                learn_merges([text, *repeat(recall_sentences(), 100)], VOCAB_SIZE),
+            )
         from tokenizers import Tokenizer
 
         self.lessons = Lessons(Tokenizer.from_file(str(directory / "tokenizer.json")), text)
@@ -234,11 +266,21 @@ class Course:
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters, exact, by their names without the quantisers' parts."""
-        return {name.replace(".parametrizations.", ".").replace(".original", ""): value for name, value in self.model.state_dict().items()}
+        return {
+            name.replace(".parametrizations.", ".").replace(".original", ""): value
+            for name, value in self.model.state_dict().items()
+        }
 
     def save(self) -> None:
         part = self.directory / "state.pt.part"
-        torch.save({"model": self.weights(), "step": self.step, "optimizers": [each.state_dict() for each in self.optimizers]}, part)
+        torch.save(
+            {
+                "model": self.weights(),
+                "step": self.step,
+                "optimizers": [each.state_dict() for each in self.optimizers],
+            },
+            part,
+        )
         os.replace(part, self.directory / "state.pt")
 
     def advance(self, stage: Stage) -> dict[str, list[float]]:
@@ -246,10 +288,14 @@ class Course:
         if stage.quantized and not self.quantized:
             round_weights(self.model)
             self.quantized = True
-        batch = self.lessons.batch(random.Random(f"{self.seed} {self.step}"), stage.batch, stage.length, stage.gaps)
+        batch = self.lessons.batch(
+            random.Random(f"{self.seed} {self.step}"), stage.batch, stage.length, stage.gaps
+        )
         counting = Counting()
         with observed(counting):
-            hidden, drafted, lesson = learn(self.model, batch.tokens, stage.quantized, stage.sparse, stage.draft)
+            hidden, drafted, lesson = learn(
+                self.model, batch.tokens, stage.quantized, stage.sparse, stage.draft
+            )
         loss, logits = token_loss(self.model, hidden, batch, 1)
         values = measured(logits, batch)
         pointer, index = pointer_loss(lesson, batch), index_loss(lesson)
@@ -275,9 +321,13 @@ class Course:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("state", type=Path)
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop then (default: when the course ends)")
+    parser.add_argument(
+        "--minutes", type=float, default=1e9, help="stop then (default: when the course ends)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     course = Course(arguments.state, arguments.seed)
@@ -289,7 +339,11 @@ def main() -> int:
         gathered["tokens"].append(stage.length * stage.batch)
         if course.step % LOG_STEPS == 0:
             now = time.monotonic()
-            line = {"step": course.step, "length": stage.length, "tokens_per_second": sum(gathered.pop("tokens")) / (now - shown)}
+            line = {
+                "step": course.step,
+                "length": stage.length,
+                "tokens_per_second": sum(gathered.pop("tokens")) / (now - shown),
+            }
             line |= {name: sum(values) / len(values) for name, values in sorted(gathered.items())}
             print(" ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
             with (arguments.state / "log.jsonl").open("a") as log:

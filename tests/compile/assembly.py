@@ -18,7 +18,8 @@ _BRANCH = re.compile(r"^s_c?branch\w*\s+(\S+)")
 
 
 def _code(assembly: str) -> list[tuple[str | None, str]]:
-    """(label, None) or (None, instruction) lines of the first function, in layout order, without comments."""
+    """(label, None) or (None, instruction) lines of the first function, in layout order, without
+    comments."""
     lines: list[tuple[str | None, str]] = []
     for line in assembly.split(".Lfunc_end0")[0].splitlines():
         if label := _LABEL.match(line):
@@ -47,7 +48,8 @@ def matrix_macs(body: list[str]) -> int:
 
 
 def hot_loop(assembly: str) -> list[str] | None:
-    """Instructions of the innermost loop with the most matrix work, or the longest innermost loop; None without loops.
+    """Instructions of the innermost loop with the most matrix work, or the longest innermost loop;
+    None without loops.
 
     A loop is what lies between a label and the last branch back to it.
     """
@@ -58,31 +60,47 @@ def hot_loop(assembly: str) -> list[str] | None:
         branch = _BRANCH.match(text)
         if branch and at.get(branch[1], i) < i:
             spans[at[branch[1]]] = i
-    bodies = {span: [text for label, text in lines[span[0]:span[1] + 1] if label is None] for span in spans.items()}
+    bodies = {
+        span: [text for label, text in lines[span[0] : span[1] + 1] if label is None]
+        for span in spans.items()
+    }
     working = {span: body for span, body in bodies.items() if matrix_counts(body)} or bodies
-    inner = [body for (start, end), body in working.items()
-             if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in working)]
+    inner = [
+        body
+        for (start, end), body in working.items()
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in working)
+    ]
     return max(inner, key=lambda body: (matrix_macs(body), len(body)), default=None)
 
 
 def amd_resources(compiled: Any, chip: Chip) -> dict[str, Any]:
-    """Registers, spills, LDS and occupancy of a compiled AMD kernel, and its matrix instructions."""
+    """Registers, spills, LDS and occupancy of a compiled AMD kernel, and its matrix
+    instructions."""
     assembly = compiled.asm["amdgcn"]
 
     def entry(key: str) -> int:
         return int(re.findall(rf"\.{key}:\s+(\d+)", assembly)[-1])
 
     warps, lds, vgpr = compiled.metadata.num_warps, compiled.metadata.shared, entry("vgpr_count")
-    by_registers = min(WAVES_PER_SIMD, VECTOR_REGISTERS // (8 * max(1, math.ceil(vgpr / 8)))) * SIMDS // warps
+    by_registers = (
+        min(WAVES_PER_SIMD, VECTOR_REGISTERS // (8 * max(1, math.ceil(vgpr / 8)))) * SIMDS // warps
+    )
     grains = math.ceil(lds / chip.local_memory_grain) * chip.local_memory_grain
     by_lds = chip.local_memory // grains if grains else WAVES_PER_SIMD * SIMDS
     workgroups = min(by_registers, by_lds, WAVES_PER_SIMD * SIMDS // warps)
     body = instructions(assembly)
     return {
-        "num_warps": warps, "num_stages": compiled.metadata.num_stages, "vgpr": vgpr, "agpr": entry("agpr_count"),
-        "sgpr": entry("sgpr_count"), "spills": entry("vgpr_spill_count") + entry("sgpr_spill_count"),
-        "scratch": entry("private_segment_fixed_size"), "lds": lds, "wg_per_cu": workgroups,
-        "occ": min(WAVES_PER_SIMD, workgroups * warps / SIMDS), "instructions": len(body),
+        "num_warps": warps,
+        "num_stages": compiled.metadata.num_stages,
+        "vgpr": vgpr,
+        "agpr": entry("agpr_count"),
+        "sgpr": entry("sgpr_count"),
+        "spills": entry("vgpr_spill_count") + entry("sgpr_spill_count"),
+        "scratch": entry("private_segment_fixed_size"),
+        "lds": lds,
+        "wg_per_cu": workgroups,
+        "occ": min(WAVES_PER_SIMD, workgroups * warps / SIMDS),
+        "instructions": len(body),
         "mfma": dict(sorted(matrix_counts(body).items())),
     }
 
@@ -94,15 +112,29 @@ def nvidia_resources(compiled: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin.name], capture_output=True, text=True,
-                               check=True).stdout
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", cubin.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
 
     def entry(key: str) -> int:
         return int(re.findall(rf"{key}:(\d+)", usage)[-1])
 
     products = re.findall(r"\b(wgmma\.mma_async\.\S+|mma\.sync\.\S+?)[\s{]", ptx)
     return {
-        "num_warps": compiled.metadata.num_warps, "num_stages": compiled.metadata.num_stages, "registers": entry("REG"),
-        "spills": entry("LOCAL"), "scratch": entry("STACK"), "lds": compiled.metadata.shared,
-        "mfma": dict(sorted(Counter(".".join(name.split(".")[:1] + name.split(".")[-4:]) for name in products).items())),
+        "num_warps": compiled.metadata.num_warps,
+        "num_stages": compiled.metadata.num_stages,
+        "registers": entry("REG"),
+        "spills": entry("LOCAL"),
+        "scratch": entry("STACK"),
+        "lds": compiled.metadata.shared,
+        "mfma": dict(
+            sorted(
+                Counter(
+                    ".".join(name.split(".")[:1] + name.split(".")[-4:]) for name in products
+                ).items()
+            )
+        ),
     }

@@ -1,4 +1,5 @@
-"""What the compile gate knows of each chip: its compiler target, its limits and its matrix instructions."""
+"""What the compile gate knows of each chip: its compiler target, its limits and its matrix
+instructions."""
 
 from __future__ import annotations
 
@@ -24,11 +25,14 @@ class Chip:
         return self.target.backend == "hip"
 
 
-CHIPS = {chip.arch: chip for chip in (
-    Chip("gfx950", GPUTarget("hip", "gfx950", 64), 256, 160 << 10, 1280),
-    Chip("gfx942", GPUTarget("hip", "gfx942", 64), 304, 64 << 10, 512),
-    Chip("sm_90", GPUTarget("cuda", 90, 32), 132, 227 << 10, 1024),
-)}
+CHIPS = {
+    chip.arch: chip
+    for chip in (
+        Chip("gfx950", GPUTarget("hip", "gfx950", 64), 256, 160 << 10, 1280),
+        Chip("gfx942", GPUTarget("hip", "gfx942", 64), 304, 64 << 10, 512),
+        Chip("sm_90", GPUTarget("cuda", 90, 32), 132, 227 << 10, 1024),
+    )
+}
 
 SIMDS = 4
 VECTOR_REGISTERS = 512
@@ -45,26 +49,30 @@ class Matrix:
     rate: str
 
 
-_MATRIX = [(re.compile(pattern), Matrix(macs, clocks, rate)) for pattern, macs, clocks, rate in (
-    # CDNA4 and CDNA3 instruction set manuals, MFMA pass counts (a pass is 4 clocks). "half rate" on gfx950 is full
-    # rate on gfx942, which has nothing wider.
-    (r"v_mfma_scale_f32_32x32x64_f8f6f4", 65536, 64, "scaled f8f6f4"),
-    (r"v_mfma_scale_f32_16x16x128_f8f6f4", 32768, 32, "scaled f8f6f4"),
-    (r"v_mfma_f32_32x32x64_f8f6f4", 65536, 64, "f8f6f4"),
-    (r"v_mfma_f32_16x16x128_f8f6f4", 32768, 32, "f8f6f4"),
-    (r"v_mfma_f32_32x32x16_(bf16|f16)", 16384, 32, "16-bit"),
-    (r"v_mfma_f32_16x16x32_(bf16|f16)", 8192, 16, "16-bit"),
-    (r"v_mfma_f32_32x32x8_?(bf16|f16)\w*", 8192, 32, "16-bit half rate"),
-    (r"v_mfma_f32_16x16x16_?(bf16|f16)\w*", 4096, 16, "16-bit half rate"),
-    (r"v_mfma_f32_32x32x16_(fp8|bf8)\w*", 16384, 32, "8-bit half rate"),
-    (r"v_mfma_f32_16x16x32_(fp8|bf8)\w*", 8192, 16, "8-bit half rate"),
-    (r"v_mfma_f32_32x32x2_?f32", 2048, 64, "f32"),
-    (r"v_mfma_f32_16x16x4_?f32", 1024, 32, "f32"),
-)]
+_MATRIX = [
+    (re.compile(pattern), Matrix(macs, clocks, rate))
+    for pattern, macs, clocks, rate in (
+        # CDNA4 and CDNA3 instruction set manuals, MFMA pass counts (a pass is 4 clocks). "half
+        # rate" on gfx950 is full rate on gfx942, which has nothing wider.
+        (r"v_mfma_scale_f32_32x32x64_f8f6f4", 65536, 64, "scaled f8f6f4"),
+        (r"v_mfma_scale_f32_16x16x128_f8f6f4", 32768, 32, "scaled f8f6f4"),
+        (r"v_mfma_f32_32x32x64_f8f6f4", 65536, 64, "f8f6f4"),
+        (r"v_mfma_f32_16x16x128_f8f6f4", 32768, 32, "f8f6f4"),
+        (r"v_mfma_f32_32x32x16_(bf16|f16)", 16384, 32, "16-bit"),
+        (r"v_mfma_f32_16x16x32_(bf16|f16)", 8192, 16, "16-bit"),
+        (r"v_mfma_f32_32x32x8_?(bf16|f16)\w*", 8192, 32, "16-bit half rate"),
+        (r"v_mfma_f32_16x16x16_?(bf16|f16)\w*", 4096, 16, "16-bit half rate"),
+        (r"v_mfma_f32_32x32x16_(fp8|bf8)\w*", 16384, 32, "8-bit half rate"),
+        (r"v_mfma_f32_16x16x32_(fp8|bf8)\w*", 8192, 16, "8-bit half rate"),
+        (r"v_mfma_f32_32x32x2_?f32", 2048, 64, "f32"),
+        (r"v_mfma_f32_16x16x4_?f32", 1024, 32, "f32"),
+    )
+]
 
 
 def matrix_instruction(mnemonic: str) -> Matrix | None:
-    """What an AMD mnemonic multiplies, None when it is not a matrix instruction. Raises KeyError for an unknown one."""
+    """What an AMD mnemonic multiplies, None when it is not a matrix instruction. Raises KeyError
+    for an unknown one."""
     name = re.sub(r"_e64$", "", mnemonic)
     if not name.startswith(("v_mfma", "v_smfmac")):
         return None

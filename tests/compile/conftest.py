@@ -14,4 +14,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 def pytest_configure(config: pytest.Config) -> None:
     """Says why nothing is collected here."""
     if collect_ignore_glob:
-        config.issue_config_time_warning(pytest.PytestWarning("TRITON_INTERPRET=1: tests/compile is not run"), 2)
+        config.issue_config_time_warning(
+            pytest.PytestWarning("TRITON_INTERPRET=1: tests/compile is not run"), 2
+        )

@@ -1,7 +1,8 @@
-"""A GPU that is not there: kernels launched under it are compiled for its architecture, recorded, and not run.
+"""A GPU that is not there: kernels launched under it are compiled for its architecture, recorded,
+and not run.
 
-The wrappers of the package are called as in production, with tensors on torch's meta device, so that tile sizes,
-warps and split counts are their own choice for that shape.
+The wrappers of the package are called as in production, with tensors on torch's meta device, so
+that tile sizes, warps and split counts are their own choice for that shape.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class CompilerError(AssertionError):
 
 @contextmanager
 def _no_diagnostics() -> Iterator[None]:
-    """Raises CompilerError when native code writes an error to this process's stderr, as LLVM does without failing."""
+    """Raises CompilerError when native code writes an error to this process's stderr, as LLVM does
+    without failing."""
     with tempfile.TemporaryFile() as told:
         sys.stderr.flush()
         before = os.dup(2)
@@ -68,8 +70,8 @@ class Launch:
 
 
 class _Driver:
-    """What Triton asks of a driver before it compiles. Every chip has a device number of its own, the key of
-    Triton's in-memory cache."""
+    """What Triton asks of a driver before it compiles. Every chip has a device number of its own,
+    the key of Triton's in-memory cache."""
 
     def __init__(self, chip: Chip):
         self._chip = chip
@@ -90,7 +92,8 @@ class _Driver:
 
 @contextmanager
 def pretend(chip: Chip) -> Iterator[list[Launch]]:
-    """Within it this process believes in `chip`; yields the list that its launches are appended to."""
+    """Within it this process believes in `chip`; yields the list that its launches are appended
+    to."""
     launches: list[Launch] = []
     launch, arch = JITFunction.run, device.arch
     try:
@@ -103,7 +106,14 @@ def pretend(chip: Chip) -> Iterator[list[Launch]]:
             compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
         given = dict(zip(self.arg_names, args)) | kwargs
         constants = {p.name: given.get(p.name, p.default) for p in self.params if p.is_constexpr}
-        launches.append(Launch(self.__name__, constants, grid(constants) if callable(grid) else tuple(grid), compiled))
+        launches.append(
+            Launch(
+                self.__name__,
+                constants,
+                grid(constants) if callable(grid) else tuple(grid),
+                compiled,
+            )
+        )
         return compiled
 
     # A kernel from the cache on disk would not be compiled, and LLVM's errors not seen.

@@ -2,8 +2,10 @@
 
 A case calls the operator's own wrapper with meta tensors, as in
 
-    CASES = [Case("decode/pro-tp8/8-tokens", lambda: sparse_mla(q, window_cache, ...), matrix={"_attend": "16-bit"},
-                  units={"_attend": lambda c: Units("slot*head", c["BLOCK_K"] * c["BLOCK_H"], macs=1024)})]
+    CASES = [Case("decode/pro-tp8/8-tokens", lambda: sparse_mla(q, window_cache, ...),
+    matrix={"_attend": "16-bit"},
+                  units={"_attend": lambda c: Units("slot*head", c["BLOCK_K"] * c["BLOCK_H"],
+                  macs=1024)})]
 
 and every kernel that the wrapper launches becomes a row of the table.
 """
@@ -22,7 +24,8 @@ ARCHS = ("gfx950", "gfx942", "sm_90")
 
 @dataclass(frozen=True)
 class Units:
-    """What one pass of a workgroup through the hot loop works off: `count` units of `name`, `macs` multiply-adds each."""
+    """What one pass of a workgroup through the hot loop works off: `count` units of `name`, `macs`
+    multiply-adds each."""
 
     name: str
     count: float
@@ -36,7 +39,8 @@ class Case:
     name: str
     launch: Callable[[], Any]
     matrix: Mapping[str, str] = field(default_factory=dict)
-    """Rate (chips.Matrix.rate) of every matrix instruction on gfx950, by kernel; a kernel not named has none."""
+    """Rate (chips.Matrix.rate) of every matrix instruction on gfx950, by kernel; a kernel not named
+    has none."""
     units: Mapping[str, Callable[[Mapping[str, Any]], Units]] = field(default_factory=dict)
     """Units of a pass from the kernel's compile-time constants, by kernel."""
     workgroups: Mapping[str, int] = field(default_factory=dict)

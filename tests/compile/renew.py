@@ -1,4 +1,5 @@
-"""Compiles every kernel anew, keeps the table, prints what moved, and on request the table as markdown.
+"""Compiles every kernel anew, keeps the table, prints what moved, and on request the table as
+markdown.
 
     python tests/compile/renew.py [--dry-run] [--markdown] [operator ...]
 """
@@ -12,37 +13,65 @@ import table
 from cycles import tool
 from registry import operators
 
-COLUMNS = ("num_warps", "vgpr", "sgpr", "lds", "wg_per_cu", "mfma", "loop_instructions", "mca_cycles",
-           "mca_issue_cycles", "simd_issue_cycles_per_unit", "mac_redundancy")
+COLUMNS = (
+    "num_warps",
+    "vgpr",
+    "sgpr",
+    "lds",
+    "wg_per_cu",
+    "mfma",
+    "loop_instructions",
+    "mca_cycles",
+    "mca_issue_cycles",
+    "simd_issue_cycles_per_unit",
+    "mac_redundancy",
+)
 
 
 def markdown(rows: dict[str, dict]) -> str:
     """The rows of AMD chips as a markdown table."""
+
     def cell(row: dict, column: str) -> str:
         value = row.get(column)
         if isinstance(value, dict):
-            return ", ".join(f"{name.removeprefix('v_mfma_f32_')}×{n}" for name, n in value.items()) or "–"
+            return (
+                ", ".join(f"{name.removeprefix('v_mfma_f32_')}×{n}" for name, n in value.items())
+                or "–"
+            )
         return "–" if value is None else str(value)
 
-    lines = ["| case | arch | kernel | " + " | ".join(COLUMNS) + " |", "|---" * (3 + len(COLUMNS)) + "|"]
+    lines = [
+        "| case | arch | kernel | " + " | ".join(COLUMNS) + " |",
+        "|---" * (3 + len(COLUMNS)) + "|",
+    ]
     for name, row in rows.items():
         if "vgpr" in row:
-            lines.append(f"| {name} | " + " | ".join(cell(row, column) for column in COLUMNS) + " |")
+            lines.append(
+                f"| {name} | " + " | ".join(cell(row, column) for column in COLUMNS) + " |"
+            )
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("operators", nargs="*", help="only these (default: all)")
-    parser.add_argument("--dry-run", action="store_true", help="print what moved, keep the old table")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what moved, keep the old table"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table")
     arguments = parser.parse_args()
     unknown = set(arguments.operators) - set(operators())
     if unknown:
-        parser.error(f"no cases for {', '.join(sorted(unknown))}; there are {', '.join(operators())}")
+        parser.error(
+            f"no cases for {', '.join(sorted(unknown))}; there are {', '.join(operators())}"
+        )
     if tool() is None and not arguments.dry_run:
-        parser.error("the cycle columns need llvm-mca 22 (apt-get install llvm-22, or LLVM_MCA=path); "
-                     "--dry-run compares the other columns without it")
+        parser.error(
+            "the cycle columns need llvm-mca 22 (apt-get install llvm-22, or LLVM_MCA=path); "
+            "--dry-run compares the other columns without it"
+        )
     for operator in arguments.operators or operators():
         kept, now = table.read(operator), table.build(operator)
         lines = table.difference(kept["rows"], now["rows"], () if tool() else table.CYCLE_COLUMNS)

@@ -1,4 +1,5 @@
-"""The compile table: one row a kernel, kept in golden/<operator>.json and compared with what compiles today."""
+"""The compile table: one row a kernel, kept in golden/<operator>.json and compared with what
+compiles today."""
 
 from __future__ import annotations
 
@@ -8,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from assembly import amd_resources, hot_loop, instructions, matrix_counts, matrix_macs, nvidia_resources
+from assembly import (
+    amd_resources,
+    hot_loop,
+    instructions,
+    matrix_counts,
+    matrix_macs,
+    nvidia_resources,
+)
 from chips import CHIPS, Chip
 from cycles import cycles, issue_cycles, tool_version
 from pretend import Launch, pretend
@@ -26,12 +34,18 @@ def _loop(launch: Launch, chip: Chip, units: Units | None) -> dict[str, Any]:
     body = hot_loop(assembly)
     row: dict[str, Any] = {"in_loop": body is not None}
     body = body or instructions(assembly)
-    row |= {"loop_instructions": len(body), "loop_mfma": dict(sorted(matrix_counts(body).items())),
-            "mca_cycles": cycles(body, chip), "mca_issue_cycles": issue_cycles(body, chip)}
+    row |= {
+        "loop_instructions": len(body),
+        "loop_mfma": dict(sorted(matrix_counts(body).items())),
+        "mca_cycles": cycles(body, chip),
+        "mca_issue_cycles": issue_cycles(body, chip),
+    }
     if units:
         row |= {"unit": units.name, "units_per_pass": units.count}
         if row["mca_issue_cycles"]:
-            row["simd_issue_cycles_per_unit"] = round(row["mca_issue_cycles"] * warps / units.count, 3)
+            row["simd_issue_cycles_per_unit"] = round(
+                row["mca_issue_cycles"] * warps / units.count, 3
+            )
         if units.macs:
             row["mac_redundancy"] = round(matrix_macs(body) * warps / (units.count * units.macs), 3)
     return row
@@ -39,7 +53,10 @@ def _loop(launch: Launch, chip: Chip, units: Units | None) -> dict[str, Any]:
 
 def measure(launch: Launch, chip: Chip, case: Case) -> dict[str, Any]:
     """The row of one launch."""
-    constants = {k: v if isinstance(v, (int, float, bool, type(None))) else str(v) for k, v in launch.constants.items()}
+    constants = {
+        k: v if isinstance(v, (int, float, bool, type(None))) else str(v)
+        for k, v in launch.constants.items()
+    }
     row: dict[str, Any] = {"config": constants, "grid": list(launch.grid)}
     if not chip.is_amd:
         return row | nvidia_resources(launch.compiled)
@@ -56,7 +73,9 @@ def rows(operator: str, case_name: str, arch: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for launch in launches:
         again = sum(name.split("#")[0] == launch.kernel for name in found)
-        found[f"{launch.kernel}#{again + 1}" if again else launch.kernel] = measure(launch, CHIPS[arch], case)
+        found[f"{launch.kernel}#{again + 1}" if again else launch.kernel] = measure(
+            launch, CHIPS[arch], case
+        )
     return found
 
 
@@ -67,8 +86,12 @@ def versions() -> dict[str, str | None]:
 
 def build(operator: str) -> dict[str, Any]:
     """The whole table of an operator, as kept in golden/."""
-    table = {f"{case.name} | {arch} | {kernel}": row for case in operators()[operator] for arch in case.archs
-             for kernel, row in rows(operator, case.name, arch).items()}
+    table = {
+        f"{case.name} | {arch} | {kernel}": row
+        for case in operators()[operator]
+        for arch in case.archs
+        for kernel, row in rows(operator, case.name, arch).items()
+    }
     return {"versions": versions(), "rows": table}
 
 
@@ -83,8 +106,11 @@ def write(operator: str, table: dict[str, Any]) -> None:
     (GOLDEN / f"{operator}.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
-def difference(kept: dict[str, dict], now: dict[str, dict], skip: tuple[str, ...] = ()) -> list[str]:
-    """One readable line for every cell of rows `now` that is not as `kept`, without the columns in `skip`."""
+def difference(
+    kept: dict[str, dict], now: dict[str, dict], skip: tuple[str, ...] = ()
+) -> list[str]:
+    """One readable line for every cell of rows `now` that is not as `kept`, without the columns in
+    `skip`."""
     lines = []
     for name in sorted(kept.keys() | now.keys()):
         if name not in now or name not in kept:

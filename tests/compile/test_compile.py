@@ -1,4 +1,5 @@
-"""The compile gate: every kernel and configuration for gfx950, gfx942 and sm_90, on a machine with no GPU."""
+"""The compile gate: every kernel and configuration for gfx950, gfx942 and sm_90, on a machine with
+no GPU."""
 
 from __future__ import annotations
 
@@ -7,8 +8,12 @@ import table
 from chips import CHIPS, matrix_instruction
 from registry import Case, operators
 
-EVERY = [pytest.param(operator, case, arch, id=f"{operator}/{case.name}/{arch}")
-         for operator, cases in operators().items() for case in cases for arch in case.archs]
+EVERY = [
+    pytest.param(operator, case, arch, id=f"{operator}/{case.name}/{arch}")
+    for operator, cases in operators().items()
+    for case in cases
+    for arch in case.archs
+]
 pytestmark = pytest.mark.skipif(not EVERY, reason="no kernel lists cases yet")
 
 
@@ -24,15 +29,21 @@ def test_fits_the_chip(operator: str, case: Case, arch: str):
 
 @pytest.mark.parametrize(("operator", "case", "arch"), EVERY)
 def test_matrix_instructions(operator: str, case: Case, arch: str):
-    """Products run on the matrix units, at the rate the case names: a silent upcast has another mnemonic."""
+    """Products run on the matrix units, at the rate the case names: a silent upcast has another
+    mnemonic."""
     for kernel, row in table.rows(operator, case.name, arch).items():
         rate = case.matrix.get(kernel.split("#")[0])
         assert bool(row["mfma"]) == (rate is not None), (kernel, row["mfma"])
         if arch == "gfx950":
-            assert {matrix_instruction(name).rate for name in row["mfma"]} <= {rate}, (kernel, row["mfma"])
+            assert {matrix_instruction(name).rate for name in row["mfma"]} <= {rate}, (
+                kernel,
+                row["mfma"],
+            )
 
 
-@pytest.mark.parametrize(("operator", "case", "arch"), [each for each in EVERY if each.values[2] == "gfx950"])
+@pytest.mark.parametrize(
+    ("operator", "case", "arch"), [each for each in EVERY if each.values[2] == "gfx950"]
+)
 def test_targets(operator: str, case: Case, arch: str):
     """Workgroups a compute unit and, where llvm-mca is installed, issue cycles a unit."""
     for kernel, row in table.rows(operator, case.name, arch).items():
@@ -44,15 +55,25 @@ def test_targets(operator: str, case: Case, arch: str):
 
 @pytest.mark.parametrize("operator", operators())
 def test_table_is_as_kept(operator: str):
-    """Registers, LDS, occupancy, matrix instructions and cycles are those of golden/<operator>.json."""
+    """Registers, LDS, occupancy, matrix instructions and cycles are those of
+    golden/<operator>.json."""
     kept = table.read(operator)
     if kept["versions"].get("triton") != table.versions()["triton"]:
-        pytest.skip(f"the table is of Triton {kept['versions'].get('triton')}, this is {table.versions()['triton']}")
-    now = {f"{case.name} | {arch} | {kernel}": row for case in operators()[operator] for arch in case.archs
-           for kernel, row in table.rows(operator, case.name, arch).items()}
+        pytest.skip(
+            f"the table is of Triton {kept['versions'].get('triton')}, this is"
+            f" {table.versions()['triton']}"
+        )
+    now = {
+        f"{case.name} | {arch} | {kernel}": row
+        for case in operators()[operator]
+        for arch in case.archs
+        for kernel, row in table.rows(operator, case.name, arch).items()
+    }
     same_tool = kept["versions"].get("llvm_mca") == table.versions()["llvm_mca"]
     lines = table.difference(kept["rows"], now, () if same_tool else table.CYCLE_COLUMNS)
-    assert not lines, "\n".join(["the compile table moved; if that is meant: python tests/compile/renew.py", *lines])
+    assert not lines, "\n".join(
+        ["the compile table moved; if that is meant: python tests/compile/renew.py", *lines]
+    )
 
 
 def test_cycle_columns():

@@ -1,4 +1,5 @@
-"""Checkpoints for tests of the gate: random ones with a text of their own, and the trained one where it is."""
+"""Checkpoints for tests of the gate: random ones with a text of their own, and the trained one
+where it is."""
 
 from __future__ import annotations
 
@@ -22,10 +23,20 @@ def text() -> str:
 
 @pytest.fixture(scope="session")
 def random_dir(tmp_path_factory, text) -> Path:
-    """A checkpoint of random weights in the trained one's geometry, whose tokens are bytes; read only."""
+    """A checkpoint of random weights in the trained one's geometry, whose tokens are bytes; read
+    only."""
     directory = tmp_path_factory.mktemp("gate") / "random"
-    config = tiny_config(layers=3, hidden=128, experts=4, experts_per_token=2, heads=2, o_groups=2, intermediate=128, index_topk=8,
-                         compress_ratios=(0, 128, 4))
+    config = tiny_config(
+        layers=3,
+        hidden=128,
+        experts=4,
+        experts_per_token=2,
+        heads=2,
+        o_groups=2,
+        intermediate=128,
+        index_topk=8,
+        compress_ratios=(0, 128, 4),
+    )
     write_tiny(directory, config | {"hc_sinkhorn_iters": 2, "swiglu_limit": 2.0}, seed=4)
     (directory / "held_out.txt").write_text(text)
     return directory

@@ -1,4 +1,5 @@
-"""Mistakes that implementations of DeepSeek-V4 make, each a context in which the references make it too.
+"""Mistakes that implementations of DeepSeek-V4 make, each a context in which the references make it
+too.
 
 A model must be loaded inside the context: one of the mistakes is made while weights are decoded.
 """
@@ -29,8 +30,11 @@ def _replaced(module, name: str, value) -> Iterator[None]:
         setattr(module, name, before)
 
 
-def changed(operators: tuple[str, ...], ratio: int | None = None, **changes: Callable) -> contextlib.AbstractContextManager:
+def changed(
+    operators: tuple[str, ...], ratio: int | None = None, **changes: Callable
+) -> contextlib.AbstractContextManager:
     """Calls of `operators`, in layers of `ratio` or in all, get arguments changed by functions."""
+
     def mistaken(operator, choice, *args, **kwargs):
         bound = inspect.signature(operator.reference).bind(*args, **kwargs)
         if operator.name in operators and ratio in (None, HERE.ratio):
@@ -56,11 +60,17 @@ def sink_skipped():
 
 def next_entry_attended():
     """Entry j + 1 in place of j; the last visible one in place of what nobody wrote yet."""
+
     def mistaken(operator, choice, *args, **kwargs):
         result = operator.reference(*args, **kwargs)
         if operator.name != "topk_select":
             return result
-        visible = inspect.signature(operator.reference).bind(*args, **kwargs).arguments["visible"].unsqueeze(-1)
+        visible = (
+            inspect.signature(operator.reference)
+            .bind(*args, **kwargs)
+            .arguments["visible"]
+            .unsqueeze(-1)
+        )
         return torch.where(result < 0, result, torch.minimum(result + 1, visible - 1))
 
     return selection.observed(mistaken)
@@ -69,7 +79,11 @@ def next_entry_attended():
 def nibbles_swapped():
     """The odd column of packed FP4 weights in the low half of a byte."""
     unpack = formats.unpack_fp4
-    return _replaced(formats, "unpack_fp4", lambda packed: unpack(packed).unflatten(-1, (-1, 2)).flip(-1).flatten(-2))
+    return _replaced(
+        formats,
+        "unpack_fp4",
+        lambda packed: unpack(packed).unflatten(-1, (-1, 2)).flip(-1).flatten(-2),
+    )
 
 
 def clamp_forgotten():
@@ -78,13 +92,23 @@ def clamp_forgotten():
 
 def sinks_of_the_first_rank():
     """Two ranks share the heads, and both take the first rank's sinks."""
-    return changed(("sparse_mla",), sink=lambda sink: sink[:sink.shape[0] // 2].repeat(2))
+    return changed(("sparse_mla",), sink=lambda sink: sink[: sink.shape[0] // 2].repeat(2))
 
 
 def ratio_4_branch_off():
     """Layers of ratio 4 attend to their window alone."""
-    return changed(("sparse_mla",), ratio=4, compressed=lambda compressed: torch.full_like(compressed, -1))
+    return changed(
+        ("sparse_mla",), ratio=4, compressed=lambda compressed: torch.full_like(compressed, -1)
+    )
 
 
-FAULTS = (hadamard_dropped_from_queries, hadamard_dropped_from_keys, sink_skipped, next_entry_attended, nibbles_swapped,
-          clamp_forgotten, sinks_of_the_first_rank, ratio_4_branch_off)
+FAULTS = (
+    hadamard_dropped_from_queries,
+    hadamard_dropped_from_keys,
+    sink_skipped,
+    next_entry_attended,
+    nibbles_swapped,
+    clamp_forgotten,
+    sinks_of_the_first_rank,
+    ratio_4_branch_off,
+)

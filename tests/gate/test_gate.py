@@ -1,4 +1,5 @@
-"""The gate's measures against plain computations, its margins, and `dsv4 eval --tiny` on a checkpoint of random weights."""
+"""The gate's measures against plain computations, its margins, and `dsv4 eval --tiny` on a
+checkpoint of random weights."""
 
 from __future__ import annotations
 
@@ -15,7 +16,18 @@ import torch.nn.functional as F
 from dsv4_plugin import flags
 from dsv4_plugin.bench import gate
 from dsv4_plugin.bench.accuracy import EvalError, Score
-from dsv4_plugin.bench.exam import QUICK, WORST, Amount, Asked, Measured, Share, _recalled, divergence, make_exam, measure
+from dsv4_plugin.bench.exam import (
+    QUICK,
+    WORST,
+    Amount,
+    Asked,
+    Measured,
+    Share,
+    _recalled,
+    divergence,
+    make_exam,
+    measure,
+)
 from dsv4_plugin.cli import main
 from dsv4_plugin.config import Precision
 from dsv4_plugin.ops.operator import OPERATORS, SelectionError
@@ -41,7 +53,9 @@ def measured(engine, exam):
 
 
 class TestShare:
-    @pytest.mark.parametrize("hits, count", [(0, 8), (8, 8), (3, 8), (23, 24), (1, 1), (4011, 4088)])
+    @pytest.mark.parametrize(
+        "hits, count", [(0, 8), (8, 8), (3, 8), (23, 24), (1, 1), (4011, 4088)]
+    )
     def test_wilson_as_scipy_has_it(self, hits, count):
         from scipy.stats import binomtest
 
@@ -59,7 +73,7 @@ class TestExam:
             for asked in documents:
                 assert asked.ids[0] == 0 and asked.things
                 for at, thing in asked.things:
-                    assert asked.ids[at:at + len(thing)] == list(thing)
+                    assert asked.ids[at : at + len(thing)] == list(thing)
                     name = tokenizer.decode(asked.ids[:at]).rsplit(" ", 2)
                     assert name[2] == "likes"
                     # The same sentence was told before.
@@ -72,10 +86,15 @@ class TestExam:
 
         tokenizer = Tokenizer.from_file(str(random_dir / "tokenizer.json"))
         [asked] = exam.documents[64]
-        assert tokenizer.encode(tokenizer.decode(asked.ids[1:]), add_special_tokens=False).ids == asked.ids[1:]
+        assert (
+            tokenizer.encode(tokenizer.decode(asked.ids[1:]), add_special_tokens=False).ids
+            == asked.ids[1:]
+        )
 
     def test_windows_are_unseen_text(self, exam, text):
-        assert [len(window) for window in exam.windows] == [129, 129] and exam.windows[0] != exam.windows[1]
+        assert [len(window) for window in exam.windows] == [129, 129] and exam.windows[
+            0
+        ] != exam.windows[1]
         # A byte is 3 more than its value, and the text is ASCII: a byte a token.
         assert bytes(token - 3 for token in exam.windows[0][1:]).decode() == text[:128]
         assert exam.bytes_per_token == 1
@@ -95,7 +114,10 @@ class TestExam:
 class TestMeasure:
     def test_loss(self, engine, exam, measured):
         """torch's own cross-entropy over one prefill of each window."""
-        losses = [F.cross_entropy(engine.score(list(window[:-1])), torch.tensor(window[1:])) for window in exam.windows]
+        losses = [
+            F.cross_entropy(engine.score(list(window[:-1])), torch.tensor(window[1:]))
+            for window in exam.windows
+        ]
         # fp32 sums in another order.
         assert measured.loss.mean == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
         assert measured.tokens == 256 and len(measured.loss.items) == 2
@@ -106,13 +128,18 @@ class TestMeasure:
         for window in exam.windows:
             ids = list(window[:-1])
             drafts, truth = engine.score_draft(ids, [1, 7] * 16), engine.score(ids, [16] * 8)
-            hits += sum(int(drafts[at].argmax()) == int(truth[at + 1].argmax()) for at in range(len(ids) - 1))
+            hits += sum(
+                int(drafts[at].argmax()) == int(truth[at + 1].argmax())
+                for at in range(len(ids) - 1)
+            )
         assert measured.acceptance.count == 2 * 127
         # A near tie of two tokens may fall the other way when chunks differ.
         assert abs(measured.acceptance.hits - hits) <= 2
 
     def test_recall_of_a_model_that_knows_nothing(self, measured):
-        assert {distance: (share.hits, share.count) for distance, share in measured.recall.items()} == {64: (0, 2), 300: (0, 3)}
+        assert {
+            distance: (share.hits, share.count) for distance, share in measured.recall.items()
+        } == {64: (0, 2), 300: (0, 3)}
 
     def test_recall_counts_what_the_model_would_say(self, engine, exam):
         """Were each thing what greedy decoding gives after its cue, all trials would be hits."""
@@ -134,47 +161,79 @@ EVEN = torch.zeros(256, 4).log_softmax(-1)
 
 
 def answers(recall: dict[int, tuple[int, int]], loss=(2.0, 2.1, 1.9), accepted=90) -> Measured:
-    return Measured({distance: Share(*share) for distance, share in recall.items()},
-                    Score("unseen text", "nats per token", dict(zip("abc", loss))), Share(accepted, 100), (EVEN,),
-                    {distance: EVEN[:count] for distance, (_, count) in recall.items()})
+    return Measured(
+        {distance: Share(*share) for distance, share in recall.items()},
+        Score("unseen text", "nats per token", dict(zip("abc", loss))),
+        Share(accepted, 100),
+        (EVEN,),
+        {distance: EVEN[:count] for distance, (_, count) in recall.items()},
+    )
 
 
 class TestJudge:
     def failed(self, measured, reference=None):
-        reference = reference or answers({distance: (share.count, share.count) for distance, share in measured.recall.items()})
+        reference = reference or answers(
+            {distance: (share.count, share.count) for distance, share in measured.recall.items()}
+        )
         return [row.measure for row in gate.judge("s", measured, reference, 3.0) if not row.passed]
 
     def test_all_is_well(self):
         assert self.failed(answers({64: (20, 20), 1024: (19, 20), 8192: (16, 20)})) == []
 
-    @pytest.mark.parametrize("recall, failed", [
-        ({64: (18, 20)}, ["recall, window"]), ({1024: (18, 20)}, ["recall, 1k"]), ({4096: (18, 20)}, ["recall, 4k"]),
-        ({8192: (15, 20)}, ["recall, 8k"]), ({64: (0, 8), 300: (0, 8)}, ["recall, window", "recall, 300"])])
+    @pytest.mark.parametrize(
+        "recall, failed",
+        [
+            ({64: (18, 20)}, ["recall, window"]),
+            ({1024: (18, 20)}, ["recall, 1k"]),
+            ({4096: (18, 20)}, ["recall, 4k"]),
+            ({8192: (15, 20)}, ["recall, 8k"]),
+            ({64: (0, 8), 300: (0, 8)}, ["recall, window", "recall, 300"]),
+        ],
+    )
     def test_recall(self, recall, failed):
         assert self.failed(answers(recall)) == failed
 
     def test_loss_is_a_paired_difference(self):
         """Of (0.03, 0.02, 0.04) the mean is 0.03 and the standard error 0.01 / sqrt(3)."""
-        rows = {row.measure: row for row in gate.judge("s", answers({64: (8, 8)}, (2.03, 2.12, 1.94)), answers({64: (8, 8)}), 3.0)}
+        rows = {
+            row.measure: row
+            for row in gate.judge(
+                "s", answers({64: (8, 8)}, (2.03, 2.12, 1.94)), answers({64: (8, 8)}), 3.0
+            )
+        }
         above = rows["loss above exact"]
-        assert above.value == pytest.approx(0.03) and not above.passed and above.most == gate.MARGINS["loss"].limit
+        assert (
+            above.value == pytest.approx(0.03)
+            and not above.passed
+            and above.most == gate.MARGINS["loss"].limit
+        )
         # 1.959964: the 97.5th percentile of the normal distribution.
         assert above.high - above.value == pytest.approx(1.959964 * 0.01 / math.sqrt(3))
         assert rows["loss, nats per token"].value == pytest.approx(2.03)
         assert rows["loss, nats per byte"].value == pytest.approx(2.03 / 3)
 
     def test_what_is_no_number_keeps_no_margin(self):
-        assert not gate.Row("s", "m", math.nan, 0, 0, 1, least=0.5).passed and not gate.Row("s", "m", math.nan, 0, 0, 1, most=0.5).passed
+        assert (
+            not gate.Row("s", "m", math.nan, 0, 0, 1, least=0.5).passed
+            and not gate.Row("s", "m", math.nan, 0, 0, 1, most=0.5).passed
+        )
 
     def test_divergence_is_that_of_torch(self, measured):
-        """The loss may stay where predictions move: here to 0.4, 0.3, 0.2, 0.1 from a quarter each, in half of the tokens."""
+        """The loss may stay where predictions move: here to 0.4, 0.3, 0.2, 0.1 from a quarter each,
+        in half of the tokens."""
         moved = EVEN.clone()
         moved[128:] = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
         changed = dataclasses.replace(answers({64: (8, 8)}), predictions=(moved,))
         rows = {row.measure: row for row in gate.judge("s", changed, answers({64: (8, 8)}))}
         want = F.kl_div(moved, EVEN, log_target=True, reduction="batchmean").item()
-        assert rows["divergence from exact"].value == pytest.approx(want, rel=1e-5) and want > gate.MARGINS["divergence"].limit
-        assert self.failed(changed) == ["divergence from exact"] and rows["loss above exact"].value == 0
+        assert (
+            rows["divergence from exact"].value == pytest.approx(want, rel=1e-5)
+            and want > gate.MARGINS["divergence"].limit
+        )
+        assert (
+            self.failed(changed) == ["divergence from exact"]
+            and rows["loss above exact"].value == 0
+        )
         assert divergence(measured, measured).mean == 0
 
     def test_things_that_are_less_sure(self):
@@ -184,7 +243,10 @@ class TestJudge:
         changed = dataclasses.replace(answers({1024: (8, 8)}), things={1024: moved})
         rows = {row.measure: row for row in gate.judge("s", changed, answers({1024: (8, 8)}))}
         want = sum(0.25 * math.log(0.25 / q) for q in (0.97, 0.01, 0.01, 0.01)) / 8
-        assert rows["divergence of things, 1k"].value == pytest.approx(want, rel=1e-4) and rows["divergence of things, 1k"].count == 8
+        assert (
+            rows["divergence of things, 1k"].value == pytest.approx(want, rel=1e-4)
+            and rows["divergence of things, 1k"].count == 8
+        )
         assert self.failed(changed) == ["divergence of things, 1k"]
 
     @pytest.mark.parametrize("accepted, failed", [(85, []), (84, ["drafts accepted"])])
@@ -198,15 +260,33 @@ class TestJudge:
 
 class TestSettings:
     def test_references_are_not_measured_twice(self):
-        assert [each.name for each in gate.settings(["exact", "official", "serving"], {}, gpu=False)] == ["official", "serving"]
-        assert [each.name for each in gate.settings(["exact", "serving"], {}, gpu=True)] == ["exact", "serving"]
-        assert [each.name for each in gate.settings(["exact"], {"DSV4_PROFILE": "safe"}, gpu=True)] == []
-        assert [each.name for each in gate.settings(["exact"], {"DSV4_SPARSE_MLA": "triton"}, gpu=False)] == ["exact"]
+        assert [
+            each.name for each in gate.settings(["exact", "official", "serving"], {}, gpu=False)
+        ] == ["official", "serving"]
+        assert [each.name for each in gate.settings(["exact", "serving"], {}, gpu=True)] == [
+            "exact",
+            "serving",
+        ]
+        assert [
+            each.name for each in gate.settings(["exact"], {"DSV4_PROFILE": "safe"}, gpu=True)
+        ] == []
+        assert [
+            each.name for each in gate.settings(["exact"], {"DSV4_SPARSE_MLA": "triton"}, gpu=False)
+        ] == ["exact"]
 
     def test_what_is_chosen(self):
-        environ = {"DSV4_MOE": "triton", "DSV4_PRECISION": "exact", "HOME": "/", "SGLANG_HACK_FLASHMLA_BACKEND": "triton"}
+        environ = {
+            "DSV4_MOE": "triton",
+            "DSV4_PRECISION": "exact",
+            "HOME": "/",
+            "SGLANG_HACK_FLASHMLA_BACKEND": "triton",
+        }
         assert gate.chosen(environ, "safe", ["topk_select=triton"]) == {
-            "DSV4_MOE": "triton", "SGLANG_HACK_FLASHMLA_BACKEND": "triton", "DSV4_PROFILE": "safe", "DSV4_TOPK_SELECT": "triton"}
+            "DSV4_MOE": "triton",
+            "SGLANG_HACK_FLASHMLA_BACKEND": "triton",
+            "DSV4_PROFILE": "safe",
+            "DSV4_TOPK_SELECT": "triton",
+        }
 
     def test_choices_end_with_the_context(self, monkeypatch):
         monkeypatch.setenv("DSV4_MOE", "reference")
@@ -218,19 +298,26 @@ class TestSettings:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         if torch.cuda.is_available():
             pytest.skip("triton runs here")
-        with pytest.raises(SelectionError, match="DSV4_SPARSE_MLA=triton cannot run here: there is no GPU"):
+        with pytest.raises(
+            SelectionError, match="DSV4_SPARSE_MLA=triton cannot run here: there is no GPU"
+        ):
             with gate.selected({"DSV4_SPARSE_MLA": "triton"}):
                 pass
-        assert "DSV4_SPARSE_MLA" not in os.environ and OPERATORS["sparse_mla"]._forced.value == flags.AUTO
+        assert (
+            "DSV4_SPARSE_MLA" not in os.environ
+            and OPERATORS["sparse_mla"]._forced.value == flags.AUTO
+        )
 
 
 @pytest.fixture
 def evaluate(capsys):
     """Runs `dsv4 eval`; returns its status and what it printed."""
+
     def run(*words):
         status = main(["eval", *map(str, words)])
         said = capsys.readouterr()
         return status, said.out + said.err
+
     return run
 
 
@@ -239,7 +326,11 @@ class TestCommand:
         status, said = evaluate("--tiny", random_dir, "--quick", "--json", tmp_path / "gate.json")
         written = json.loads((tmp_path / "gate.json").read_text())
         assert status == 1 and not written["passed"]
-        assert [each["setting"] for each in written["settings"]] == ["exact, references", "official", "serving"]
+        assert [each["setting"] for each in written["settings"]] == [
+            "exact, references",
+            "official",
+            "serving",
+        ]
         for each in written["settings"]:
             rows = {row["measure"]: row for row in each["rows"]}
             assert not rows["recall, window"]["passed"] and not rows["recall, 300"]["passed"]
@@ -251,22 +342,33 @@ class TestCommand:
 
     def test_one_precision_as_json(self, evaluate, random_dir):
         status, said = evaluate("--tiny", random_dir, "--quick", "--precision", "exact", "--json")
-        assert status == 1 and [each["setting"] for each in json.loads(said)["settings"]] == ["exact, references"]
+        assert status == 1 and [each["setting"] for each in json.loads(said)["settings"]] == [
+            "exact, references"
+        ]
 
-    @pytest.mark.parametrize("words, complaint", [
-        ([], "give either the URL of a server or --tiny"),
-        (["http://127.0.0.1:9", "--tiny"], "not both"),
-        (["--tiny", "/nowhere/at/all"], "/nowhere/at/all is no directory"),
-        (["--tiny", ".", "--gsm8k"], "--gsm8k belongs to a server's URL"),
-        (["--tiny", ".", "--recall", "1k"], "--recall belongs to a server's URL"),
-        (["http://127.0.0.1:9", "--needle", "100", "--quick"], "--quick belongs to --tiny"),
-        (["--tiny", ".", "--profile", "saef"], "DSV4_PROFILE='saef' is not a value"),
-        (["--tiny", ".", "--operators", "sparse_mlaa=triton"], "did you mean sparse_mla?"),
-        (["--tiny", ".", "--operators", "sparse_mla"], "write OPERATOR=IMPLEMENTATION"),
-        (["--tiny", ".", "--operators", "sparse_mla=cuda", "--operators", "route=reference"], "DSV4_SPARSE_MLA='cuda' is not a value"),
-        (["--tiny", ".", "--operators", "sparse_mla=cuda"], "DSV4_SPARSE_MLA='cuda' is not a value"),
-        (["--tiny", "."], "config.json does not exist"),
-    ])
+    @pytest.mark.parametrize(
+        "words, complaint",
+        [
+            ([], "give either the URL of a server or --tiny"),
+            (["http://127.0.0.1:9", "--tiny"], "not both"),
+            (["--tiny", "/nowhere/at/all"], "/nowhere/at/all is no directory"),
+            (["--tiny", ".", "--gsm8k"], "--gsm8k belongs to a server's URL"),
+            (["--tiny", ".", "--recall", "1k"], "--recall belongs to a server's URL"),
+            (["http://127.0.0.1:9", "--needle", "100", "--quick"], "--quick belongs to --tiny"),
+            (["--tiny", ".", "--profile", "saef"], "DSV4_PROFILE='saef' is not a value"),
+            (["--tiny", ".", "--operators", "sparse_mlaa=triton"], "did you mean sparse_mla?"),
+            (["--tiny", ".", "--operators", "sparse_mla"], "write OPERATOR=IMPLEMENTATION"),
+            (
+                ["--tiny", ".", "--operators", "sparse_mla=cuda", "--operators", "route=reference"],
+                "DSV4_SPARSE_MLA='cuda' is not a value",
+            ),
+            (
+                ["--tiny", ".", "--operators", "sparse_mla=cuda"],
+                "DSV4_SPARSE_MLA='cuda' is not a value",
+            ),
+            (["--tiny", "."], "config.json does not exist"),
+        ],
+    )
     def test_wrong_input(self, evaluate, tmp_path, monkeypatch, words, complaint):
         monkeypatch.chdir(tmp_path)
         status, said = evaluate(*words)
@@ -275,7 +377,11 @@ class TestCommand:
     def test_no_shipped_checkpoint(self, evaluate, tmp_path, monkeypatch):
         monkeypatch.setattr(gate, "checkpoint_directory", lambda: tmp_path / "absent")
         status, said = evaluate("--tiny")
-        assert status == 2 and "the trained checkpoint of this package is not there" in said and "--tiny DIR" in said
+        assert (
+            status == 2
+            and "the trained checkpoint of this package is not there" in said
+            and "--tiny DIR" in said
+        )
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)

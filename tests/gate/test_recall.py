@@ -7,7 +7,17 @@ import re
 import pytest
 
 from dsv4_plugin.bench.accuracy import EvalError
-from dsv4_plugin.bench.recall import DISTRACTORS, FACTS, NAMES, THINGS, cue, document, fact, question, said
+from dsv4_plugin.bench.recall import (
+    DISTRACTORS,
+    FACTS,
+    NAMES,
+    THINGS,
+    cue,
+    document,
+    fact,
+    question,
+    said,
+)
 
 
 def words(text: str) -> int:
@@ -22,7 +32,9 @@ def test_distance_is_that_of_the_text(text, distance):
     assert len(made.trials) == FACTS
     for trial in made.trials:
         prompt = made.prompt(trial)
-        assert prompt.endswith(cue(trial.name)) and made.text[trial.start:].startswith(f" {trial.thing}.")
+        assert prompt.endswith(cue(trial.name)) and made.text[trial.start :].startswith(
+            f" {trial.thing}."
+        )
         # From before the thing to before the thing: the trial's own cue of two words is between.
         told = prompt.rindex(f"{cue(trial.name)} {trial.thing}.") + len(cue(trial.name))
         assert words(prompt[told:]) == trial.distance
@@ -33,7 +45,11 @@ def test_distance_is_that_of_the_text(text, distance):
 
 
 def test_the_window_holds_its_facts(text):
-    assert all(seed_trial.distance < 100 for seed in range(20) for seed_trial in document(text, words, 64, seed=seed).trials)
+    assert all(
+        seed_trial.distance < 100
+        for seed in range(20)
+        for seed_trial in document(text, words, 64, seed=seed).trials
+    )
 
 
 def test_every_fact_is_told_once_and_asked_once(text):
@@ -61,7 +77,10 @@ def test_the_seed_decides(text):
 
 def test_items_do_not_depend_on_the_tokenizer(text):
     """Else two servers with different tokenizers could not be compared item by item."""
-    pairs = [{(trial.name, trial.thing) for trial in document(text, count, 1024).trials} for count in (words, lambda part: 0.3 * len(part))]
+    pairs = [
+        {(trial.name, trial.thing) for trial in document(text, count, 1024).trials}
+        for count in (words, lambda part: 0.3 * len(part))
+    ]
     assert pairs[0] == pairs[1]
 
 
@@ -74,18 +93,30 @@ def test_chat_asks_after_the_text(text):
         assert chat.count(fact(trial.name, trial.thing)) == chat.count(cue(trial.name)) == 1
 
 
-@pytest.mark.parametrize("answer, thing", [(" chess. Bert", "chess"), ("I remember that Alma likes tea.", "tea"), ("Chess!", "chess"),
-                                           (" nothing", None), ("", None), (" teapots and rain", "rain")])
+@pytest.mark.parametrize(
+    "answer, thing",
+    [
+        (" chess. Bert", "chess"),
+        ("I remember that Alma likes tea.", "tea"),
+        ("Chess!", "chess"),
+        (" nothing", None),
+        ("", None),
+        (" teapots and rain", "rain"),
+    ],
+)
 def test_what_an_answer_names(answer, thing):
     assert said(answer) == thing
 
 
-@pytest.mark.parametrize("options, complaint", [
-    ({"distance": 10}, "a distance of 10 tokens has no room for a fact"),
-    ({"distance": 100, "facts": 60}, "at most 64 in all"),
-    ({"distance": 100, "facts": 0}, "0 facts"),
-    ({"distance": 100, "text": "too short"}, "has 9 characters"),
-])
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        ({"distance": 10}, "a distance of 10 tokens has no room for a fact"),
+        ({"distance": 100, "facts": 60}, "at most 64 in all"),
+        ({"distance": 100, "facts": 0}, "0 facts"),
+        ({"distance": 100, "text": "too short"}, "has 9 characters"),
+    ],
+)
 def test_wrong_input(text, options, complaint):
     with pytest.raises(EvalError, match=complaint):
         document(**{"text": text, "tokens": words} | options)

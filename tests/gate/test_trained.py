@@ -1,4 +1,5 @@
-"""The trained checkpoint: it keeps its margins as it is, and every fault of faults.py falls below one."""
+"""The trained checkpoint: it keeps its margins as it is, and every fault of faults.py falls below
+one."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def test_the_gate_catches(exam, reference, fault):
 
 
 def test_without_ratio_4_far_recall_is_chance(exam, reference):
-    """The window ends after 128 tokens and an entry of 128 tokens holds no single word: nothing else reaches 1k."""
+    """The window ends after 128 tokens and an entry of 128 tokens holds no single word: nothing
+    else reaches 1k."""
     with faults.ratio_4_branch_off():
         far = answered(exam).recall[1024]
     # One in 64 things; four times that is what 24 trials can tell from chance.
@@ -67,4 +69,6 @@ def test_zero_flags(tmp_path, capsys):
     assert status == 0 and written["passed"], said
     assert [each["precision"] for each in written["settings"]][0] == "exact"
     assert {each["precision"] for each in written["settings"]} == {each.value for each in Precision}
-    assert all("recall, 8k" in {row["measure"] for row in each["rows"]} for each in written["settings"])
+    assert all(
+        "recall, 8k" in {row["measure"] for row in each["rows"]} for each in written["settings"]
+    )

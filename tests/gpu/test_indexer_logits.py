@@ -1,4 +1,5 @@
-"""indexer_logits on a GPU: contexts up to 128k, graph replay over growing contexts, a pool over 2 GiB."""
+"""indexer_logits on a GPU: contexts up to 128k, graph replay over growing contexts, a pool over 2
+GiB."""
 
 from __future__ import annotations
 
@@ -22,28 +23,44 @@ BATCHES = {
 
 
 def make_case(prefix_lens: list[int], counts: list[int]):
-    tables = Tables(max(len(counts), 1), max((p + c for p, c in zip(prefix_lens, counts)), default=1))
-    arguments = {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
-                 for name, value in tables.arguments(prefix_lens, counts).items()}
-    cache = PackedIndexCache(torch.zeros(tables.pages, index_page_bytes(), dtype=torch.uint8, device=DEVICE))
+    tables = Tables(
+        max(len(counts), 1), max((p + c for p, c in zip(prefix_lens, counts)), default=1)
+    )
+    arguments = {
+        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+        for name, value in tables.arguments(prefix_lens, counts).items()
+    }
+    cache = PackedIndexCache(
+        torch.zeros(tables.pages, index_page_bytes(), dtype=torch.uint8, device=DEVICE)
+    )
     slots = torch.arange(tables.pages * 64, device=DEVICE)
     cache.store(slots, torch.randn(len(slots), 128, device=DEVICE))
     tokens = sum(counts)
     q = (torch.randn(tokens, 64, 128, device=DEVICE) * 50).to(torch.float8_e4m3fn)
-    return q, torch.randn(tokens, 64, device=DEVICE) * 2**-6, cache, build_step_plan.reference(**arguments)
+    return (
+        q,
+        torch.randn(tokens, 64, device=DEVICE) * 2**-6,
+        cache,
+        build_step_plan.reference(**arguments),
+    )
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
     seen = want > float("-inf")
     if seen.any():
-        # Hopper's FP8 products accumulate in 14 bits, 2^-13 of the largest partial sum; others fp32, in another order.
-        torch.testing.assert_close(got[seen], want[seen], rtol=0, atol=2**-11 * want[seen].abs().max().item())
+        # Hopper's FP8 products accumulate in 14 bits, 2^-13 of the largest partial sum; others
+        # fp32, in another order.
+        torch.testing.assert_close(
+            got[seen], want[seen], rtol=0, atol=2**-11 * want[seen].abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 def test_matches_reference(batch):
     case = make_case(*BATCHES[batch])
-    assert_close(indexer_logits.implementations["triton"].load()(*case), indexer_logits.reference(*case))
+    assert_close(
+        indexer_logits.implementations["triton"].load()(*case), indexer_logits.reference(*case)
+    )
 
 
 def test_graph_replay_equals_eager():
@@ -70,5 +87,7 @@ def test_pool_over_two_gigabytes():
     table = torch.tensor([[pages - 1, pages // 2 + 3]], device=DEVICE)
     far.pages[table[0]] = cache.pages[plan.page_table[0]]
     kernel = indexer_logits.implementations["triton"].load()
-    assert torch.equal(kernel(q, weights, far, dataclasses.replace(plan, page_table=table)),
-                       kernel(q, weights, cache, plan))
+    assert torch.equal(
+        kernel(q, weights, far, dataclasses.replace(plan, page_table=table)),
+        kernel(q, weights, cache, plan),
+    )

@@ -14,7 +14,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def make_cache(pages: int = 40) -> PackedLatentCache:
-    return PackedLatentCache(torch.full((pages, latent_page_bytes(256)), 0xA5, dtype=torch.uint8, device=DEVICE), 256)
+    return PackedLatentCache(
+        torch.full((pages, latent_page_bytes(256)), 0xA5, dtype=torch.uint8, device=DEVICE), 256
+    )
 
 
 def make_inputs(tokens: int, heads: int) -> tuple:
@@ -23,10 +25,18 @@ def make_inputs(tokens: int, heads: int) -> tuple:
 
     positions = torch.randint(0, 1 << 20, (tokens,), device=DEVICE)
     frequencies = 160000 ** -(torch.arange(0, 64, 2, device=DEVICE) / 64)
-    return bf16(tokens, heads, 512), bf16(tokens, 512), bf16(512), 1e-6, *rotation(positions, frequencies)
+    return (
+        bf16(tokens, heads, 512),
+        bf16(tokens, 512),
+        bf16(512),
+        1e-6,
+        *rotation(positions, frequencies),
+    )
 
 
-def run(implementation, inputs: tuple, slots: torch.Tensor) -> tuple[torch.Tensor, PackedLatentCache]:
+def run(
+    implementation, inputs: tuple, slots: torch.Tensor
+) -> tuple[torch.Tensor, PackedLatentCache]:
     cache = make_cache()
     return implementation(*inputs, slots, cache), cache
 
@@ -36,12 +46,15 @@ def run(implementation, inputs: tuple, slots: torch.Tensor) -> tuple[torch.Tenso
 def test_matches_reference(tokens, heads):
     inputs, slots = make_inputs(tokens, heads), torch.randperm(40 * 256, device=DEVICE)[:tokens]
     kernel = qk_norm_rope_store.implementations["triton"].load()
-    (q, cache), (want_q, want) = run(kernel, inputs, slots), run(qk_norm_rope_store.reference, inputs, slots)
+    (q, cache), (want_q, want) = (
+        run(kernel, inputs, slots),
+        run(qk_norm_rope_store.reference, inputs, slots),
+    )
     if not tokens:
         assert (cache.pages == 0xA5).all()
         return
-    # Another order of sums and fused multiply-adds move values by some 1e-7: few round to the neighbouring bf16 (2^-7)
-    # or e4m3 (2^-3; subnormals by 2^-16 of the block's largest).
+    # Another order of sums and fused multiply-adds move values by some 1e-7: few round to the
+    # neighbouring bf16 (2^-7) or e4m3 (2^-3; subnormals by 2^-16 of the block's largest).
     assert (q != want_q).float().mean() < 5e-3
     torch.testing.assert_close(q.float(), want_q.float(), rtol=2**-7, atol=2**-7)
     got, expected = cache.load(slots), want.load(slots)
@@ -56,7 +69,9 @@ def test_graph_replay_equals_eager():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = kernel(*inputs, slots, cache)
-    for static, fresh in zip((*inputs, slots), (*make_inputs(64, 16), torch.randperm(5000, device=DEVICE)[:64])):
+    for static, fresh in zip(
+        (*inputs, slots), (*make_inputs(64, 16), torch.randperm(5000, device=DEVICE)[:64])
+    ):
         if isinstance(static, torch.Tensor):
             static.copy_(fresh)
     cache.pages.fill_(0xA5)
@@ -67,8 +82,15 @@ def test_graph_replay_equals_eager():
 
 def test_pool_over_two_gigabytes():
     pages = (1 << 32) // latent_page_bytes(256) + 2
-    cache = PackedLatentCache(torch.empty(pages, latent_page_bytes(256), dtype=torch.uint8, device=DEVICE), 256)
-    inputs, slots = make_inputs(3, 8), torch.tensor([pages * 256 - 1, pages * 128, 5], device=DEVICE)
+    cache = PackedLatentCache(
+        torch.empty(pages, latent_page_bytes(256), dtype=torch.uint8, device=DEVICE), 256
+    )
+    inputs, slots = (
+        make_inputs(3, 8),
+        torch.tensor([pages * 256 - 1, pages * 128, 5], device=DEVICE),
+    )
     qk_norm_rope_store.implementations["triton"].load()(*inputs, slots, cache)
-    _, near = run(qk_norm_rope_store.implementations["triton"].load(), inputs, torch.arange(3, device=DEVICE))
+    _, near = run(
+        qk_norm_rope_store.implementations["triton"].load(), inputs, torch.arange(3, device=DEVICE)
+    )
     assert torch.equal(cache.load(slots), near.load(torch.arange(3, device=DEVICE)))

@@ -15,8 +15,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 def make_inputs(tokens: int) -> tuple:
     positions = torch.randint(0, 1 << 20, (tokens,), device=DEVICE)
     frequencies = 160000 ** -(torch.arange(0, 64, 2, device=DEVICE) / 64)
-    return (torch.randn(tokens, 64, 128, device=DEVICE).bfloat16(), torch.randn(tokens, 64, device=DEVICE),
-            *rotation(positions, frequencies), "fp8")
+    return (
+        torch.randn(tokens, 64, 128, device=DEVICE).bfloat16(),
+        torch.randn(tokens, 64, device=DEVICE),
+        *rotation(positions, frequencies),
+        "fp8",
+    )
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 512, 8192])
@@ -27,13 +31,14 @@ def test_matches_reference(tokens):
     if not tokens:
         assert q.shape == want_q.shape
         return
-    # A fused multiply-add in the rotation may round a bf16 input to its neighbour; that moves the amax across a power
-    # of two, and with it a scale, for a head in a thousand at most.
+    # A fused multiply-add in the rotation may round a bf16 input to its neighbour; that moves the
+    # amax across a power of two, and with it a scale, for a head in a thousand at most.
     same = weights == want_weights
     assert same.float().mean() > 0.999
     codes, want = q.view(torch.uint8).int()[same], want_q.view(torch.uint8).int()[same]
     assert (codes != want).float().mean() < 2e-2
-    step = 2**-3 * want_q.float()[same].abs() + 2.0  # a code away, and what a flipped bf16 spreads over all channels
+    # a code away, and what a flipped bf16 spreads over all channels
+    step = 2**-3 * want_q.float()[same].abs() + 2.0
     assert ((q.float()[same] - want_q.float()[same]).abs() <= step).all()
 
 
@@ -47,4 +52,6 @@ def test_graph_replay_equals_eager():
         static.copy_(fresh)
     graph.replay()
     q, weights = kernel(*inputs)
-    assert torch.equal(out[0].view(torch.uint8), q.view(torch.uint8)) and torch.equal(out[1], weights)
+    assert torch.equal(out[0].view(torch.uint8), q.view(torch.uint8)) and torch.equal(
+        out[1], weights
+    )

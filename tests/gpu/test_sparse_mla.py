@@ -14,9 +14,10 @@ DEVICE = "cuda"
 SCALE = 512**-0.5
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 FREQUENCIES = 160000 ** -(torch.arange(0, 64, 2) / 64)
-# Kernels round probabilities to bf16, each by up to 2^-8 of itself and half of that on average; an output is a mean of latents
-# of size ~1 under them, and where those cancel the errors do not: 2^-9 of the largest latent, ~4. The rotation mixes two
-# such errors, √2 of one at most. The output is rounded once, after it, by up to 2^-8; what is expected is fp32.
+# Kernels round probabilities to bf16, each by up to 2^-8 of itself and half of that on average; an
+# output is a mean of latents of size ~1 under them, and where those cancel the errors do not: 2^-9
+# of the largest latent, ~4. The rotation mixes two such errors, √2 of one at most. The output is
+# rounded once, after it, by up to 2^-8; what is expected is fp32.
 TOLERANCE = dict(rtol=2**-8, atol=2**-6.5)
 
 
@@ -30,8 +31,11 @@ def kernel(request):
 
 
 def filled(pages: int, slots_per_page: int, used: int) -> PackedLatentCache:
-    """A cache with random latents in the last `used` pages; all other bytes are 0xFF, e4m3's and bf16's NaN."""
-    raw = torch.full((pages, latent_page_bytes(slots_per_page)), 0xFF, dtype=torch.uint8, device=DEVICE)
+    """A cache with random latents in the last `used` pages; all other bytes are 0xFF, e4m3's and
+    bf16's NaN."""
+    raw = torch.full(
+        (pages, latent_page_bytes(slots_per_page)), 0xFF, dtype=torch.uint8, device=DEVICE
+    )
     cache = PackedLatentCache(raw, slots_per_page)
     slots = torch.arange((pages - used) * slots_per_page, pages * slots_per_page, device=DEVICE)
     for part in slots.split(1 << 16):
@@ -39,8 +43,11 @@ def filled(pages: int, slots_per_page: int, used: int) -> PackedLatentCache:
     return cache
 
 
-def lists(tokens: int, width: int, lengths: torch.Tensor, cache: PackedLatentCache, used: int, last: bool) -> torch.Tensor:
-    """int64 [tokens, width]: random slots of the used pages, absent ones last, or first with `last`."""
+def lists(
+    tokens: int, width: int, lengths: torch.Tensor, cache: PackedLatentCache, used: int, last: bool
+) -> torch.Tensor:
+    """int64 [tokens, width]: random slots of the used pages, absent ones last, or first with
+    `last`."""
     end = cache.pages.shape[0] * cache.slots_per_page
     slots = torch.randint(end - used * cache.slots_per_page, end, (tokens, width), device=DEVICE)
     place = torch.arange(width, device=DEVICE)
@@ -49,28 +56,42 @@ def lists(tokens: int, width: int, lengths: torch.Tensor, cache: PackedLatentCac
 
 
 def case(tokens: int, heads: int, width: int, ratio: int, pages: int = 0) -> list:
-    """Arguments of the operator, rows of random lengths and positions, the first as long as can be and the second empty."""
+    """Arguments of the operator, rows of random lengths and positions, the first as long as can be
+    and the second empty."""
     window_cache = filled(5, 256, 4)
     window_lengths = torch.randint(0, 129, (tokens,), device=DEVICE)
     lengths = torch.randint(0, width + 1, (tokens,), device=DEVICE)
     window_lengths[:1], lengths[:1], window_lengths[1:2], lengths[1:2] = 128, width, 0, 0
     q = torch.randn(tokens, heads, 512, device=DEVICE).to(torch.bfloat16)
     window = lists(tokens, 128, window_lengths, window_cache, 4, last=True)
-    rest = [torch.randn(heads, device=DEVICE), SCALE,
-            *rotation(torch.randint(1 << 20, (tokens,), device=DEVICE), FREQUENCIES.to(DEVICE))]
+    rest = [
+        torch.randn(heads, device=DEVICE),
+        SCALE,
+        *rotation(torch.randint(1 << 20, (tokens,), device=DEVICE), FREQUENCIES.to(DEVICE)),
+    ]
     if not ratio:
         return [q, window_cache, window, None, None, *rest]
     slots_per_page = 256 // ratio
     used = max(2, -(-width // slots_per_page))
     cache = filled(max(pages, used + 1), slots_per_page, used)
-    return [q, window_cache, window, cache, lists(tokens, width, lengths, cache, used, last=False), *rest]
+    return [
+        q,
+        window_cache,
+        window,
+        cache,
+        lists(tokens, width, lengths, cache, used, last=False),
+        *rest,
+    ]
 
 
 def reference(arguments: list) -> torch.Tensor:
-    """The reference in fp32, which multiplies absent latents by zero, with slot 0 cleared of its poison meanwhile."""
+    """The reference in fp32, which multiplies absent latents by zero, with slot 0 cleared of its
+    poison meanwhile."""
     caches = [arguments[1], arguments[3]]
     for cache in filter(None, caches):
-        cache.store(torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.zeros(1, 512, device=DEVICE))
+        cache.store(
+            torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.zeros(1, 512, device=DEVICE)
+        )
     expected = sparse_mla.reference(arguments[0].float(), *arguments[1:])
     for cache in filter(None, caches):
         cache.pages[0].fill_(0xFF)
@@ -78,12 +99,24 @@ def reference(arguments: list) -> torch.Tensor:
 
 
 def compare(kernel, arguments: list, **tolerance: float) -> None:
-    torch.testing.assert_close(kernel(*arguments).float(), reference(arguments), **(tolerance or TOLERANCE))
+    torch.testing.assert_close(
+        kernel(*arguments).float(), reference(arguments), **(tolerance or TOLERANCE)
+    )
 
 
-@pytest.mark.parametrize(("heads", "width", "ratio"), [
-    (8, 512, 4), (16, 1024, 4), (32, 512, 4), (64, 512, 4), (128, 1024, 4), (16, 8192, 128), (128, 8192, 128), (16, 0, 0),
-])
+@pytest.mark.parametrize(
+    ("heads", "width", "ratio"),
+    [
+        (8, 512, 4),
+        (16, 1024, 4),
+        (32, 512, 4),
+        (64, 512, 4),
+        (128, 1024, 4),
+        (16, 8192, 128),
+        (128, 8192, 128),
+        (16, 0, 0),
+    ],
+)
 @pytest.mark.parametrize("tokens", [0, 1, 5, 64, 600])
 def test_matches_reference(kernel, tokens, heads, width, ratio):
     compare(kernel, case(tokens, heads, width, ratio))
@@ -95,14 +128,21 @@ def test_prefill(kernel):
 
 @pytest.mark.parametrize("tokens", [5, 600])
 def test_pairs_turn_back_by_their_position_and_are_rounded_once(kernel, tokens):
-    """Rows that attend to two latents alike give their mean exactly; then complex numbers times e^(-i·t·f) in double."""
+    """Rows that attend to two latents alike give their mean exactly; then complex numbers times
+    e^(-i·t·f) in double."""
     q, cache, _, _, _, sink, scale, cos, sin = case(tokens, 16, 0, 0)
     window = lists(tokens, 128, torch.full((tokens,), 2, device=DEVICE), cache, 4, last=True)
-    got = kernel(torch.zeros_like(q), cache, window, None, None, torch.full_like(sink, -1e4), scale, cos, sin)
+    got = kernel(
+        torch.zeros_like(q), cache, window, None, None, torch.full_like(sink, -1e4), scale, cos, sin
+    )
     mean = cache.load(window[:, -2:].flatten()).double().unflatten(0, (-1, 2)).mean(1)
     turn = torch.complex(cos.double(), -sin.double())
     turned = torch.view_as_complex(mean[:, 448:].unflatten(-1, (-1, 2)).contiguous()) * turn
-    want = torch.cat((mean[:, :448], torch.view_as_real(turned).flatten(-2)), -1).unsqueeze(1).expand(-1, 16, -1)
+    want = (
+        torch.cat((mean[:, :448], torch.view_as_real(turned).flatten(-2)), -1)
+        .unsqueeze(1)
+        .expand(-1, 16, -1)
+    )
     # One rounding to bf16; fp32 products are off by some 2^-24 of a pair of size up to 4.
     torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=2e-6)
 
@@ -112,8 +152,8 @@ def test_extreme_logits(kernel, scale):
     """Logits of about ±1e1 and ±1e4."""
     arguments = case(16, 16, 1024, 4)
     arguments[6] = SCALE * scale
-    # At 1e4 one latent takes all: a logit's fp32 spacing of 1e-3 and the order of 512 products move its weight by
-    # about a hundredth.
+    # At 1e4 one latent takes all: a logit's fp32 spacing of 1e-3 and the order of 512 products move
+    # its weight by about a hundredth.
     compare(kernel, arguments, rtol=2e-2, atol=4e-2)
 
 
@@ -128,7 +168,8 @@ def test_pool_over_2_gib(kernel):
 
 @pytest.mark.parametrize("tokens", [4, 64])
 def test_graph_replay_equals_eager(kernel, tokens):
-    """A captured graph over lists of the greatest width, replayed on shorter rows, whatever memory held before."""
+    """A captured graph over lists of the greatest width, replayed on shorter rows, whatever memory
+    held before."""
     arguments = case(tokens, 16, 8192, 128)
     kernel(*arguments)  # compiles before the capture
     graph = torch.cuda.CUDAGraph()

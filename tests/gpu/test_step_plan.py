@@ -1,4 +1,5 @@
-"""build_step_plan on a GPU: every number against the reference, and a captured graph refreshed step after step."""
+"""build_step_plan on a GPU: every number against the reference, and a captured graph refreshed step
+after step."""
 
 from __future__ import annotations
 
@@ -14,12 +15,16 @@ BATCHES = {
     "no rows": ([], []),
     "prefill": ([0, 0, 0], [4096, 1000, 129]),
     "chunks": ([250, 1131, 7], [2000, 126, 1]),
-    "decode": (list(range(0, 4000, 3)), [1] * len(range(0, 4000, 3))),  # more requests than one scan takes
+    # more requests than one scan takes
+    "decode": (list(range(0, 4000, 3)), [1] * len(range(0, 4000, 3))),
 }
 
 
 def on_device(arguments: dict) -> dict:
-    return {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    return {
+        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
 
 
 def assert_same(got, want) -> None:
@@ -31,15 +36,20 @@ def assert_same(got, want) -> None:
         assert torch.equal(got.page_table[request, :pages], want.page_table[request, :pages])
     for ratio, rows in want.compression.items():
         for name in ("token", "position", "slots", "step_row", "ring_row", "ring_write_row"):
-            assert torch.equal(getattr(got.compression[ratio], name), getattr(rows, name)), (ratio, name)
+            assert torch.equal(getattr(got.compression[ratio], name), getattr(rows, name)), (
+                ratio,
+                name,
+            )
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 def test_matches_reference(batch):
     prefix_lens, counts = BATCHES[batch]
     arguments = on_device(Tables(max(len(counts), 1), 4352).arguments(prefix_lens, counts))
-    assert_same(build_step_plan.implementations["triton"].load()(**arguments),
-                build_step_plan.reference(**arguments, static_rows=True))
+    assert_same(
+        build_step_plan.implementations["triton"].load()(**arguments),
+        build_step_plan.reference(**arguments, static_rows=True),
+    )
 
 
 def test_graph_refreshes_the_plan_in_place():
@@ -55,4 +65,6 @@ def test_graph_refreshes_the_plan_in_place():
             if isinstance(value, torch.Tensor):
                 static[name].copy_(value)
         graph.replay()
-        assert_same(plan, build_step_plan.reference(**(fresh | {"max_seq_len": 1001}), static_rows=True))
+        assert_same(
+            plan, build_step_plan.reference(**(fresh | {"max_seq_len": 1001}), static_rows=True)
+        )

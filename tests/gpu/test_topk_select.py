@@ -17,9 +17,20 @@ def make_logits(tokens: int, entries: int, kind: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal"])
-@pytest.mark.parametrize("tokens, entries, topk", [(0, 2048, 512), (1, 2048, 1024), (64, 8192, 1024), (3, 16384, 1024),
-                                                   (3, 16385, 512), (33, 32768, 1024), (4, 262144, 1024),
-                                                   (2, 262144, 512), (8192, 2048, 512)])
+@pytest.mark.parametrize(
+    "tokens, entries, topk",
+    [
+        (0, 2048, 512),
+        (1, 2048, 1024),
+        (64, 8192, 1024),
+        (3, 16384, 1024),
+        (3, 16385, 512),
+        (33, 32768, 1024),
+        (4, 262144, 1024),
+        (2, 262144, 512),
+        (8192, 2048, 512),
+    ],
+)
 def test_matches_reference(tokens, entries, topk, kind):
     logits = make_logits(tokens, entries, kind)
     visible = torch.randint(0, entries + 1, (tokens,), device=DEVICE)

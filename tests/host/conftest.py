@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `live_server`: pytest's importlib mode adds no directory
+# for `live_server`: pytest's importlib mode adds no directory
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
@@ -15,5 +16,11 @@ def golden_sequences(golden):
     """(token ids, positions, log-softmax of the exact logits at them) of each golden sequence."""
     import torch
 
-    return [(golden[f"input_ids_{k}"].tolist(), golden[f"positions_{k}"],
-             torch.log_softmax(golden[f"logits_{k}"].double(), -1)) for k in range(3)]
+    return [
+        (
+            golden[f"input_ids_{k}"].tolist(),
+            golden[f"positions_{k}"],
+            torch.log_softmax(golden[f"logits_{k}"].double(), -1),
+        )
+        for k in range(3)
+    ]

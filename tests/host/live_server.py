@@ -1,4 +1,5 @@
-"""A real server for tests: started by the user's command, spoken to over HTTP, stopped at the end."""
+"""A real server for tests: started by the user's command, spoken to over HTTP, stopped at the
+end."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from pathlib import Path
 
 DSV4 = Path(sys.executable).with_name("dsv4")
 READY_SECONDS = 480
-"""Time given to a server to become ready: about 25 s on an idle machine, ten times that on a busy one of few cores."""
+"""Time given to a server to become ready: about 25 s on an idle machine, ten times that on a busy
+one of few cores."""
 
 
 def free_port() -> int:
@@ -35,22 +37,38 @@ class Server:
 
     def request(self, path: str, body: dict | None = None, timeout: float = 120) -> dict:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=timeout) as reply:
             text = reply.read()
         return json.loads(text) if text else {}
 
     def generate(self, ids: list[int], new_tokens: int = 1, logprob_start: int = 0) -> dict:
-        """Greedy continuation of `ids`; log-probabilities of the input from `logprob_start` on, -1 for none."""
-        return self.request("/generate", {
-            "input_ids": ids, "return_logprob": True, "logprob_start_len": logprob_start,
-            "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}})
+        """Greedy continuation of `ids`; log-probabilities of the input from `logprob_start` on, -1
+        for none."""
+        return self.request(
+            "/generate",
+            {
+                "input_ids": ids,
+                "return_logprob": True,
+                "logprob_start_len": logprob_start,
+                "sampling_params": {
+                    "temperature": 0,
+                    "max_new_tokens": new_tokens,
+                    "ignore_eos": True,
+                },
+            },
+        )
 
     def flush(self) -> None:
-        """Empties the prefix cache; the host refuses while a request is in flight, so it is asked again for a while."""
+        """Empties the prefix cache; the host refuses while a request is in flight, so it is asked
+        again for a while."""
         for _ in range(50):
             try:
-                urllib.request.urlopen(urllib.request.Request(self.url + "/flush_cache", method="POST"), timeout=30)
+                urllib.request.urlopen(
+                    urllib.request.Request(self.url + "/flush_cache", method="POST"), timeout=30
+                )
                 return
             except urllib.error.HTTPError:
                 time.sleep(0.2)
@@ -58,8 +76,11 @@ class Server:
 
 
 def input_logprobs(reply: dict) -> list[float]:
-    """Log-probabilities of the input tokens that were scored; the first token of a sequence has none."""
-    return [entry[0] for entry in reply["meta_info"]["input_token_logprobs"] if entry[0] is not None]
+    """Log-probabilities of the input tokens that were scored; the first token of a sequence has
+    none."""
+    return [
+        entry[0] for entry in reply["meta_info"]["input_token_logprobs"] if entry[0] is not None
+    ]
 
 
 def output_logprobs(reply: dict) -> list[float]:
@@ -82,14 +103,31 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """The host's own launch command, with the plugin merely installed, where it is expected to refuse.
+    """The host's own launch command, with the plugin merely installed, where it is expected to
+    refuse.
 
-    A server that starts all the same is stopped with all its processes, and the test fails by the timeout.
+    A server that starts all the same is stopped with all its processes, and the test fails by the
+    timeout.
     """
-    command = [sys.executable, "-m", "sglang.launch_server", "--device", "cpu", "--skip-tokenizer-init",
-               "--port", str(free_port()), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True, env=os.environ | {"DSV4_DEVICE": "cpu"} | environment)
+    command = [
+        sys.executable,
+        "-m",
+        "sglang.launch_server",
+        "--device",
+        "cpu",
+        "--skip-tokenizer-init",
+        "--port",
+        str(free_port()),
+        *arguments,
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"DSV4_DEVICE": "cpu"} | environment,
+    )
     try:
         output, errors = process.communicate(timeout=READY_SECONDS)
     except subprocess.TimeoutExpired:
@@ -102,11 +140,26 @@ def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 def serving(model: Path, log: Path, *arguments: str, **environment: str):
     """A `Server` of `model` on the CPU, ready to answer; stopped when the context ends."""
     port = free_port()
-    command = [str(DSV4), "serve", str(model), "--cpu", "--skip-tokenizer-init", "--port", str(port), *arguments]
+    command = [
+        str(DSV4),
+        "serve",
+        str(model),
+        "--cpu",
+        "--skip-tokenizer-init",
+        "--port",
+        str(port),
+        *arguments,
+    ]
     with log.open("w") as out:
-        # One thread: matrices this small gain nothing from more, and threads that wait for each other stall a busy machine.
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-                                   env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+        # One thread: matrices this small gain nothing from more, and threads that wait for each
+        # other stall a busy machine.
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        )
     try:
         server = Server(f"http://127.0.0.1:{port}", log)
         wait_until_ready(server, process)
@@ -123,5 +176,7 @@ def wait_until_ready(server: Server, process: subprocess.Popen) -> None:
             return
         except OSError:
             time.sleep(0.5)
-    raise AssertionError(f"the server {'ended' if process.poll() is not None else 'did not become ready'}; "
-                         f"the end of its log:\n{server.log.read_text()[-4000:]}")
+    raise AssertionError(
+        f"the server {'ended' if process.poll() is not None else 'did not become ready'}; "
+        f"the end of its log:\n{server.log.read_text()[-4000:]}"
+    )

@@ -1,4 +1,5 @@
-"""Kernels that Triton compiles while the server serves are counted; those before, and those found in its cache, are not."""
+"""Kernels that Triton compiles while the server serves are counted; those before, and those found
+in its cache, are not."""
 
 from __future__ import annotations
 
@@ -36,7 +37,12 @@ def test_compiles_while_serving_are_counted_and_named(tmp_path):
     source = tmp_path / "program.py"  # Triton reads the source of a kernel from its file
     source.write_text(_PROGRAM)
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ran = subprocess.run([sys.executable, source], env=clean | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
-                         capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(
+        [sys.executable, source],
+        env=clean | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.count("compiled doubled while serving") == 2

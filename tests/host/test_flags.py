@@ -26,15 +26,23 @@ def test_a_set_flag_is_read():
     assert not flags.enabled("DSV4_PLUGIN", {"DSV4_PLUGIN": "0"})
 
 
-@pytest.mark.parametrize("name, nearest", [("DSV4_PRECISON", "DSV4_PRECISION"), ("DSV4_PLUGINS", "DSV4_PLUGIN"),
-                                           ("DSV4_MOE_BACKEND", "DSV4_MOE")])
+@pytest.mark.parametrize(
+    "name, nearest",
+    [
+        ("DSV4_PRECISON", "DSV4_PRECISION"),
+        ("DSV4_PLUGINS", "DSV4_PLUGIN"),
+        ("DSV4_MOE_BACKEND", "DSV4_MOE"),
+    ],
+)
 def test_an_unknown_flag_is_an_error_with_the_nearest_name(name, nearest):
     with pytest.raises(flags.FlagError, match=f"{name}='1'.*{nearest}"):
         flags.check({name: "1"})
 
 
 def test_a_wrong_value_is_an_error_that_lists_the_right_ones():
-    with pytest.raises(flags.FlagError, match="DSV4_PRECISION='fp32'.*exact or official or serving"):
+    with pytest.raises(
+        flags.FlagError, match="DSV4_PRECISION='fp32'.*exact or official or serving"
+    ):
         flags.check({"DSV4_PRECISION": "fp32"})
     with pytest.raises(flags.FlagError, match="DSV4_PLUGIN='yes'"):
         flags.enabled("DSV4_PLUGIN", {"DSV4_PLUGIN": "yes"})

@@ -19,19 +19,30 @@ def server_args(golden_dir):
     return ServerArgs(model_path=str(golden_dir), device="cpu")
 
 
-@pytest.mark.parametrize("name, field, value", [
-    ("--pp-size", "pp_size", 2), ("--attn-dp-size", "attn_dp_size", 2), ("--attn-dp-size", "enable_dp_attention", True),
-    ("--attn-cp-size", "attn_cp_size", 2), ("--attn-cp-size", "enable_prefill_cp", True), ("--dcp-size", "dcp_size", 2),
-    ("--moe-dp-size", "moe_dp_size", 2), ("--moe-a2a-backend", "moe_a2a_backend", "deepep"),
-    ("--enable-eplb", "enable_eplb", True), ("--enable-two-batch-overlap", "enable_two_batch_overlap", True),
-    ("--enable-lora", "enable_lora", True), ("--enable-hisparse", "enable_hisparse", True),
-    ("--enable-hierarchical-cache", "enable_hierarchical_cache", True),
-    ("--disaggregation-mode", "disaggregation_mode", "prefill"),
-    ("--speculative-algorithm", "speculative_algorithm", "EAGLE"),
-    ("--dtype", "dtype", "float16"), ("--quantization", "quantization", "awq"),
-    ("--kv-cache-dtype", "kv_cache_dtype", "bfloat16"),
-    ("--json-model-override-args", "json_model_override_args", '{"num_hidden_layers": 1}'),
-])
+@pytest.mark.parametrize(
+    "name, field, value",
+    [
+        ("--pp-size", "pp_size", 2),
+        ("--attn-dp-size", "attn_dp_size", 2),
+        ("--attn-dp-size", "enable_dp_attention", True),
+        ("--attn-cp-size", "attn_cp_size", 2),
+        ("--attn-cp-size", "enable_prefill_cp", True),
+        ("--dcp-size", "dcp_size", 2),
+        ("--moe-dp-size", "moe_dp_size", 2),
+        ("--moe-a2a-backend", "moe_a2a_backend", "deepep"),
+        ("--enable-eplb", "enable_eplb", True),
+        ("--enable-two-batch-overlap", "enable_two_batch_overlap", True),
+        ("--enable-lora", "enable_lora", True),
+        ("--enable-hisparse", "enable_hisparse", True),
+        ("--enable-hierarchical-cache", "enable_hierarchical_cache", True),
+        ("--disaggregation-mode", "disaggregation_mode", "prefill"),
+        ("--speculative-algorithm", "speculative_algorithm", "EAGLE"),
+        ("--dtype", "dtype", "float16"),
+        ("--quantization", "quantization", "awq"),
+        ("--kv-cache-dtype", "kv_cache_dtype", "bfloat16"),
+        ("--json-model-override-args", "json_model_override_args", '{"num_hidden_layers": 1}'),
+    ],
+)
 def test_arguments_that_mean_nothing_here_are_refused(server_args, monkeypatch, name, field, value):
     monkeypatch.setenv("DSV4_DEVICE", "cpu")
     launch.check_arguments(server_args)
@@ -45,7 +56,9 @@ def test_arguments_that_mean_nothing_here_are_refused(server_args, monkeypatch, 
 def test_device_and_platform_must_agree(server_args, monkeypatch, device, wanted):
     monkeypatch.setenv("DSV4_DEVICE", wanted)
     monkeypatch.setattr(server_args, "device", device)
-    with pytest.raises(launch.LaunchError, match=f"the device is {device} while DSV4_DEVICE={wanted}"):
+    with pytest.raises(
+        launch.LaunchError, match=f"the device is {device} while DSV4_DEVICE={wanted}"
+    ):
         launch.check_arguments(server_args)
 
 
@@ -54,7 +67,9 @@ def test_graphs_are_turned_off():
 
     config = default_cuda_graph_config()
     assert config.decode.backend != Backend.DISABLED
-    declared = launch._without_graphs(SimpleNamespace(cuda_graph_config=config))["cuda_graph_config"]
+    declared = launch._without_graphs(SimpleNamespace(cuda_graph_config=config))[
+        "cuda_graph_config"
+    ]
     assert declared.decode.backend == declared.prefill.backend == Backend.DISABLED
 
 
@@ -62,7 +77,9 @@ def test_hub_names_and_directories(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     assert launch.is_hub_name("deepseek-ai/DeepSeek-V4-Flash")
-    assert not any(map(launch.is_hub_name, ("models/tiny", "/models/tiny", "./tiny", "tiny", "a/b/c")))
+    assert not any(
+        map(launch.is_hub_name, ("models/tiny", "/models/tiny", "./tiny", "tiny", "a/b/c"))
+    )
 
 
 def chosen(*words: str):

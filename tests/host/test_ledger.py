@@ -1,4 +1,5 @@
-"""The ledger of seams: every record is complete, holds after loading, and one that does not hold is found."""
+"""The ledger of seams: every record is complete, holds after loading, and one that does not hold is
+found."""
 
 from __future__ import annotations
 
@@ -22,8 +23,13 @@ def register():
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240,
-                          env=os.environ | environment)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | environment,
+    )
 
 
 SHOW_CLASSES = """
@@ -40,14 +46,22 @@ print(ModelRegistry.models["DeepseekV4ForCausalLM"].__module__, ATTENTION_BACKEN
 
 def test_loading_the_plugins_takes_the_seams():
     result = python(SHOW_CLASSES, DSV4_DEVICE="cpu", DSV4_STRICT="1")
-    assert result.stdout.split()[-4:] == ["dsv4_plugin.host.model", "dsv4_plugin.host.backend",
-                                          "dsv4_plugin.host.platform", "True"], result.stderr[-2000:]
+    assert result.stdout.split()[-4:] == [
+        "dsv4_plugin.host.model",
+        "dsv4_plugin.host.backend",
+        "dsv4_plugin.host.platform",
+        "True",
+    ], result.stderr[-2000:]
 
 
 def test_dsv4_plugin_0_is_the_stock_host():
     result = python(SHOW_CLASSES, DSV4_PLUGIN="0", DSV4_DEVICE="cpu", DSV4_NO_SUCH_FLAG="1")
     model, backend, platform, loaded = result.stdout.split()[-4:]
-    assert model.startswith("sglang.") and backend.startswith("sglang.") and platform.startswith("sglang.")
+    assert (
+        model.startswith("sglang.")
+        and backend.startswith("sglang.")
+        and platform.startswith("sglang.")
+    )
     assert loaded == "False"
 
 
@@ -84,12 +98,15 @@ def test_a_lost_seam_is_logged_or_stops_the_start(ledger, monkeypatch, caplog):
 
 
 def test_a_seam_that_another_plugin_took_stops_a_strict_server(golden_dir, tmp_path):
-    """The other plugin uses the host's hooks, which apply after every plugin has loaded, ours included."""
+    """The other plugin uses the host's hooks, which apply after every plugin has loaded, ours
+    included."""
     (tmp_path / "other_plugin.py").write_text(PLUGIN)
     record = tmp_path / "other_plugin-1.0.dist-info"
     record.mkdir()
     (record / "METADATA").write_text("Metadata-Version: 2.1\nName: other_plugin\nVersion: 1.0\n")
-    (record / "entry_points.txt").write_text("[sglang.srt.plugins]\nother = other_plugin:register\n")
+    (record / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\nother = other_plugin:register\n"
+    )
     result = launch("--model-path", str(golden_dir), DSV4_STRICT="1", PYTHONPATH=str(tmp_path))
     assert result.returncode == 2
     assert "dsv4: error: " in result.stderr and "reject_out_of_tree_path" in result.stderr

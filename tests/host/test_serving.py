@@ -1,4 +1,5 @@
-"""The server in its default precision: as close to the exact answers as rounding allows, and equal to our own engine."""
+"""The server in its default precision: as close to the exact answers as rounding allows, and equal
+to our own engine."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from live_server import input_logprobs, output_ids, serving
 
 from dsv4_plugin.config import Precision
 
-# bf16 activations, an FP8 cache and a rounded indexer cost 0.13 mean on this set of random weights (its README); the
-# mistakes that this would hide are caught in exact precision.
+# bf16 activations, an FP8 cache and a rounded indexer cost 0.13 mean on this set of random weights
+# (its README); the mistakes that this would hide are caught in exact precision.
 GOLDEN_MEAN = 0.20
 ENGINE_MEAN = 1e-3
 """Same operators on the same bytes; only the number of rows in a matrix product may differ."""
@@ -25,7 +26,10 @@ def server(golden_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scored(server, golden_sequences):
-    return [torch.tensor(input_logprobs(server.generate(ids)), dtype=torch.float64) for ids, _, _ in golden_sequences]
+    return [
+        torch.tensor(input_logprobs(server.generate(ids)), dtype=torch.float64)
+        for ids, _, _ in golden_sequences
+    ]
 
 
 def test_rounding_costs_no_more_than_its_figure(scored, golden_sequences):
@@ -60,6 +64,16 @@ def test_an_id_outside_the_vocabulary_is_refused_and_harms_nobody(server, golden
 
 
 def test_sampling_at_a_temperature_is_served(server):
-    reply = server.request("/generate", {
-        "input_ids": [5, 6, 7], "sampling_params": {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 4, "ignore_eos": True}})
+    reply = server.request(
+        "/generate",
+        {
+            "input_ids": [5, 6, 7],
+            "sampling_params": {
+                "temperature": 0.7,
+                "top_p": 0.9,
+                "max_new_tokens": 4,
+                "ignore_eos": True,
+            },
+        },
+    )
     assert reply["meta_info"]["completion_tokens"] == 4

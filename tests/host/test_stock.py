@@ -1,4 +1,5 @@
-"""DSV4_PLUGIN=0 is stock SGLang: a process with the plugin installed and off holds what one without it holds."""
+"""DSV4_PLUGIN=0 is stock SGLang: a process with the plugin installed and off holds what one without
+it holds."""
 
 from __future__ import annotations
 
@@ -55,9 +56,18 @@ print(json.dumps({
 
 
 def state(*arguments, **environment):
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("DSV4_", "SGLANG_", "TRITON_"))}
-    ran = subprocess.run([sys.executable, "-c", _STATE, *arguments], env=clean | environment, capture_output=True, text=True,
-                         timeout=400)
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("DSV4_", "SGLANG_", "TRITON_"))
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", _STATE, *arguments],
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return json.loads(ran.stdout.splitlines()[-1])
 
@@ -70,12 +80,30 @@ def without():
 def test_the_comparison_sees_the_plugin_when_it_is_on(without):
     on = state(DSV4_DEVICE="cpu")
     different = {name for name in without if without[name] != on[name]}
-    assert {"models", "backends", "overrides", "platform", "gate", "host attributes that are ours", "our modules"} <= different
+    assert {
+        "models",
+        "backends",
+        "overrides",
+        "platform",
+        "gate",
+        "host attributes that are ours",
+        "our modules",
+    } <= different
 
 
-@pytest.mark.parametrize("others", [
-    {}, {"DSV4_DEVICE": "cpu", "DSV4_PROFILE": "safe", "DSV4_NO_SUCH_FLAG": "1", "DSV4_STRICT": "1"},
-], ids=["alone", "whatever else is set"])
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {
+            "DSV4_DEVICE": "cpu",
+            "DSV4_PROFILE": "safe",
+            "DSV4_NO_SUCH_FLAG": "1",
+            "DSV4_STRICT": "1",
+        },
+    ],
+    ids=["alone", "whatever else is set"],
+)
 def test_off_is_stock(without, others):
     off = state(DSV4_PLUGIN="0", **others)
     assert without["our modules"] == []
@@ -83,6 +111,15 @@ def test_off_is_stock(without, others):
         if name not in ("our modules", "modules"):
             assert off[name] == without[name], name
     assert off["host attributes that are ours"] == []
-    # The entry points have to be read to know that they are off: they load nothing of SGLang that was not loaded anyway.
-    assert [name for name in set(off["modules"]) ^ set(without["modules"]) if name.startswith(("sglang", "torch", "triton"))] == []
-    assert not [name for name in off["our modules"] if name.split(".")[1:2] in (["ops"], ["model"], ["kernels"], ["runtime"])]
+    # The entry points have to be read to know that they are off: they load nothing of SGLang that
+    # was not loaded anyway.
+    assert [
+        name
+        for name in set(off["modules"]) ^ set(without["modules"])
+        if name.startswith(("sglang", "torch", "triton"))
+    ] == []
+    assert not [
+        name
+        for name in off["our modules"]
+        if name.split(".")[1:2] in (["ops"], ["model"], ["kernels"], ["runtime"])
+    ]

@@ -1,4 +1,5 @@
-"""Wrong input as a user meets it: one clear line and a non-zero exit, before any weight is read or worker started."""
+"""Wrong input as a user meets it: one clear line and a non-zero exit, before any weight is read or
+worker started."""
 
 from __future__ import annotations
 
@@ -45,17 +46,24 @@ def no_norm(checkpoint):
 
 
 def extra_tensor(checkpoint):
-    edit_weights(checkpoint, lambda tensors: tensors.update({"layers.9.attn.wq_a.weight": torch.zeros(2)}))
+    edit_weights(
+        checkpoint, lambda tensors: tensors.update({"layers.9.attn.wq_a.weight": torch.zeros(2)})
+    )
     return [], "layers.9.attn.wq_a.weight"
 
 
 def wrong_shape(checkpoint):
-    edit_weights(checkpoint, lambda tensors: tensors.update({"norm.weight": torch.zeros(64, dtype=torch.bfloat16)}))
+    edit_weights(
+        checkpoint,
+        lambda tensors: tensors.update({"norm.weight": torch.zeros(64, dtype=torch.bfloat16)}),
+    )
     return [], "norm.weight"
 
 
 def wrong_dtype(checkpoint):
-    edit_weights(checkpoint, lambda tensors: tensors.update({"norm.weight": tensors["norm.weight"].half()}))
+    edit_weights(
+        checkpoint, lambda tensors: tensors.update({"norm.weight": tensors["norm.weight"].half()})
+    )
     return [], "norm.weight"
 
 
@@ -67,7 +75,8 @@ def truncated(checkpoint):
 
 def index_names_absent_file(checkpoint):
     (checkpoint / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"norm.weight": "model-00001-of-00002.safetensors"}}))
+        json.dumps({"weight_map": {"norm.weight": "model-00001-of-00002.safetensors"}})
+    )
     return [], "model-00001-of-00002.safetensors"
 
 
@@ -103,9 +112,21 @@ def ep_divides_no_tp(checkpoint):
     return ["--tp", "2", "--ep", "4"], "--ep-size 4"
 
 
-SPOILED = [no_norm, extra_tensor, wrong_shape, wrong_dtype, truncated, index_names_absent_file, other_architecture,
-           later_family, unknown_ratio, no_config, tp_divides_no_heads, tp_divides_no_groups,
-           ep_divides_no_tp]
+SPOILED = [
+    no_norm,
+    extra_tensor,
+    wrong_shape,
+    wrong_dtype,
+    truncated,
+    index_names_absent_file,
+    other_architecture,
+    later_family,
+    unknown_ratio,
+    no_config,
+    tp_divides_no_heads,
+    tp_divides_no_groups,
+    ep_divides_no_tp,
+]
 
 
 @pytest.mark.parametrize("spoil", SPOILED, ids=lambda spoil: spoil.__name__)
@@ -148,8 +169,17 @@ def test_launch_server_refuses(spoil, checkpoint):
 
 
 def test_launch_server_refuses_what_the_model_does_not_do(golden_dir):
-    assert "--enable-lora" in refusal(launch("--model-path", str(golden_dir), "--enable-lora", "--max-lora-rank", "8",
-                                             "--lora-target-modules", "all"))
+    assert "--enable-lora" in refusal(
+        launch(
+            "--model-path",
+            str(golden_dir),
+            "--enable-lora",
+            "--max-lora-rank",
+            "8",
+            "--lora-target-modules",
+            "all",
+        )
+    )
 
 
 def test_launch_server_refuses_a_port_in_use(golden_dir):

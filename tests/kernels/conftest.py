@@ -1,5 +1,6 @@
-"""These tests interpret Triton kernels on the CPU. A process that interprets cannot compile, and the reverse, so they
-run on their own: `TRITON_INTERPRET=1 pytest tests/kernels`, or just `pytest tests/kernels`."""
+"""These tests interpret Triton kernels on the CPU. A process that interprets cannot compile, and
+the reverse, so they run on their own: `TRITON_INTERPRET=1 pytest tests/kernels`, or just `pytest
+tests/kernels`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""Runs a Gluon kernel on the CPU: its Python is executed with `gl` meaning torch, program by program.
+"""Runs a Gluon kernel on the CPU: its Python is executed with `gl` meaning torch, program by
+program.
 
-Gluon has no interpreter. Layouts say where data lies, not what it is, so they are ignored here; what is checked is
-everything the kernel computes. Every load and store is checked to lie within a tensor that was passed, local memory
-starts as NaN, bf16 is rounded as on the GPU, and products accumulate in fp32. Not checked: the machine code, and
-races between waves (the compiler places Gluon's barriers).
+Gluon has no interpreter. Layouts say where data lies, not what it is, so they are ignored here;
+what is checked is everything the kernel computes. Every load and store is checked to lie within a
+tensor that was passed, local memory starts as NaN, bf16 is rounded as on the GPU, and products
+accumulate in fp32. Not checked: the machine code, and races between waves (the compiler places
+Gluon's barriers).
 """
 
 from __future__ import annotations
@@ -15,8 +17,14 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon._runtime import GluonJITFunction
 
-_DTYPES = {"int32": torch.int32, "int64": torch.int64, "uint8": torch.uint8, "float32": torch.float32,
-           "bfloat16": torch.bfloat16, "float8e4nv": torch.float8_e4m3fn}
+_DTYPES = {
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "uint8": torch.uint8,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float8e4nv": torch.float8_e4m3fn,
+}
 
 
 class Anything:
@@ -67,8 +75,11 @@ class Tile:
             return Tile(self.data + value * self.pointee.itemsize, self.pointee)
         if isinstance(value, Tensor) and isinstance(other, Tile) and other.pointee:
             return Tile(other.data + self.data * other.pointee.itemsize, other.pointee)
-        return Tile(getattr(torch.Tensor, operation)(self.data, value) if not reflected else
-                    getattr(torch.Tensor, operation)(torch.as_tensor(value), self.data))
+        return Tile(
+            getattr(torch.Tensor, operation)(self.data, value)
+            if not reflected
+            else getattr(torch.Tensor, operation)(torch.as_tensor(value), self.data)
+        )
 
     def __index__(self) -> int:
         return int(self.data)
@@ -77,9 +88,28 @@ class Tile:
         return bool(self.data)
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "rshift", "lshift", "and", "lt", "ge", "gt", "le", "eq"):
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "rshift",
+    "lshift",
+    "and",
+    "lt",
+    "ge",
+    "gt",
+    "le",
+    "eq",
+):
     setattr(Tile, f"__{_name}__", lambda self, other, name=f"__{_name}__": self._with(other, name))
-    setattr(Tile, f"__r{_name}__", lambda self, other, name=f"__{_name}__": self._with(other, name, True))
+    setattr(
+        Tile,
+        f"__r{_name}__",
+        lambda self, other, name=f"__{_name}__": self._with(other, name, True),
+    )
 
 
 class Memory:
@@ -111,7 +141,9 @@ class Language:
 
     constexpr = None
     amd = types.SimpleNamespace(AMDMFMALayout=Anything(), cdna4=types.SimpleNamespace())
-    BlockedLayout = SliceLayout = DotOperandLayout = DistributedLinearLayout = SwizzledSharedLayout = Anything()
+    BlockedLayout = SliceLayout = DotOperandLayout = DistributedLinearLayout = (
+        SwizzledSharedLayout
+    ) = Anything()
     PaddedSharedLayout = Anything()
     pointer_type = PointerType
 
@@ -121,7 +153,8 @@ class Language:
         self.amd.cdna4.mfma, self.amd.cdna4.scaled_upcast = self.mfma, self.scaled_upcast
 
     def _access(self, pointer: Tile, inside: Tensor) -> Any:
-        """(tensor as elements of the pointee, which addresses are in it, their places) of every tensor pointed into."""
+        """(tensor as elements of the pointee, which addresses are in it, their places) of every
+        tensor pointed into."""
         seen = torch.zeros_like(inside)
         for tensor in self.tensors:
             memory = tensor.view(torch.uint8).view(-1).view(pointer.pointee)
@@ -133,7 +166,11 @@ class Language:
         assert (seen == inside).all(), "access outside every tensor"
 
     def _mask(self, pointer: Tile, mask: Any) -> Tensor:
-        return torch.ones_like(pointer.data, dtype=torch.bool) if mask is None else mask.data.expand(pointer.data.shape)
+        return (
+            torch.ones_like(pointer.data, dtype=torch.bool)
+            if mask is None
+            else mask.data.expand(pointer.data.shape)
+        )
 
     def load(self, pointer: Tile, mask: Any = None, other: Any = 0) -> Tile:
         inside = self._mask(pointer, mask)
@@ -146,8 +183,12 @@ class Language:
         for memory, mine, place in self._access(pointer, self._mask(pointer, mask)):
             memory[place] = value.data.to(pointer.pointee).expand(mine.shape)[mine]
 
-    def inline_asm_elementwise(self, text: str, constraints: str, args: list, dtype: Any, is_pure: bool, pack: int) -> int:
-        assert text == "v_readfirstlane_b32 $0, $1", "only the move of a uniform value to a scalar register is known"
+    def inline_asm_elementwise(
+        self, text: str, constraints: str, args: list, dtype: Any, is_pure: bool, pack: int
+    ) -> int:
+        assert text == "v_readfirstlane_b32 $0, $1", (
+            "only the move of a uniform value to a scalar register is known"
+        )
         return int(args[0].data)
 
     def mfma(self, a: Tile, b: Tile, accumulator: Tile) -> Tile:
@@ -212,18 +253,36 @@ def launcher(kernel: GluonJITFunction) -> Any:
 def _argument(value: Tensor | int | float) -> Tile:
     if isinstance(value, Tensor):
         return Tile(torch.tensor(value.data_ptr()), value.dtype)
-    return Tile(torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int32))
+    return Tile(
+        torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int32)
+    )
 
 
-def _run(kernel: GluonJITFunction, grid: tuple[int, int, int], args: tuple, constants: dict[str, Any]) -> None:
-    tensors = list({tensor.data_ptr(): tensor for tensor in args if isinstance(tensor, Tensor) and tensor.numel()}.values())
+def _run(
+    kernel: GluonJITFunction, grid: tuple[int, int, int], args: tuple, constants: dict[str, Any]
+) -> None:
+    tensors = list(
+        {
+            tensor.data_ptr(): tensor
+            for tensor in args
+            if isinstance(tensor, Tensor) and tensor.numel()
+        }.values()
+    )
     language = Language(tensors)
-    namespace = {name: getattr(value, "value", value) for name, value in kernel.fn.__globals__.items()}
+    namespace = {
+        name: getattr(value, "value", value) for name, value in kernel.fn.__globals__.items()
+    }
     namespace |= {"gl": language, kernel.fn.__name__: kernel}
     for name, value in list(namespace.items()):
         if isinstance(value, GluonJITFunction):
-            namespace[name] = types.FunctionType(value.fn.__code__, namespace, name, value.fn.__defaults__)
-    constants = {name: value for name, value in constants.items() if name not in ("num_warps", "waves_per_eu")}
+            namespace[name] = types.FunctionType(
+                value.fn.__code__, namespace, name, value.fn.__defaults__
+            )
+    constants = {
+        name: value
+        for name, value in constants.items()
+        if name not in ("num_warps", "waves_per_eu")
+    }
     values = [_argument(each) for each in args]
     for x in range(grid[0]):
         for y in range(grid[1]):

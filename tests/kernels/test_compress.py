@@ -1,4 +1,5 @@
-"""compress in Triton against its reference, over plans of ragged batches with poisoned rings and caches."""
+"""compress in Triton against its reference, over plans of ragged batches with poisoned rings and
+caches."""
 
 from __future__ import annotations
 
@@ -8,7 +9,13 @@ import pytest
 import torch
 from batches import Tables
 
-from dsv4_plugin.cache import PackedIndexCache, PackedLatentCache, entries_per_page, index_page_bytes, latent_page_bytes
+from dsv4_plugin.cache import (
+    PackedIndexCache,
+    PackedLatentCache,
+    entries_per_page,
+    index_page_bytes,
+    latent_page_bytes,
+)
 from dsv4_plugin.ops import build_step_plan, compress
 from dsv4_plugin.ops.rope import rotation
 
@@ -26,18 +33,34 @@ def make_cache(ratio: int, dim: int, pages: int):
     if dim == 128:
         return PackedIndexCache(torch.full((pages, index_page_bytes()), 0xA5, dtype=torch.uint8))
     slots = entries_per_page(ratio)
-    return PackedLatentCache(torch.full((pages, latent_page_bytes(slots)), 0xA5, dtype=torch.uint8), slots)
+    return PackedLatentCache(
+        torch.full((pages, latent_page_bytes(slots)), 0xA5, dtype=torch.uint8), slots
+    )
 
 
 class Case:
     """Inputs of one call; rings hold data where the step may read and NaN elsewhere."""
 
-    def __init__(self, ratio: int, dim: int, prefix_lens: list[int], counts: list[int], static_rows: bool = False,
-                 scale: float = 1.0):
+    def __init__(
+        self,
+        ratio: int,
+        dim: int,
+        prefix_lens: list[int],
+        counts: list[int],
+        static_rows: bool = False,
+        scale: float = 1.0,
+    ):
         random = torch.Generator().manual_seed(dim + ratio)
         tables = Tables(max(len(counts), 1), 768)
-        self.plan = build_step_plan.reference(**tables.arguments(prefix_lens, counts), static_rows=static_rows)
-        self.rows, self.ratio, self.dim, self.pages = self.plan.compression[ratio], ratio, dim, tables.pages
+        self.plan = build_step_plan.reference(
+            **tables.arguments(prefix_lens, counts), static_rows=static_rows
+        )
+        self.rows, self.ratio, self.dim, self.pages = (
+            self.plan.compression[ratio],
+            ratio,
+            dim,
+            tables.pages,
+        )
         width = dim * self.rows.halves
         self.projected = torch.randn(sum(counts), 2 * width, generator=random) * scale
         owners = tables.pages * 8 if ratio == 4 else (len(counts) + 1) * 128
@@ -51,8 +74,19 @@ class Case:
         """(ring, cache) after the call."""
         ring, cache = self.ring.clone(), make_cache(self.ratio, self.dim, self.pages)
         cos, sin = rotation(self.rows.position, FREQUENCIES)
-        implementation(self.projected, ring, self.rows, self.ape, self.weight, EPS, cos, sin, cache, torch.bfloat16,
-                       self.dim == 128)
+        implementation(
+            self.projected,
+            ring,
+            self.rows,
+            self.ape,
+            self.weight,
+            EPS,
+            cos,
+            sin,
+            cache,
+            torch.bfloat16,
+            self.dim == 128,
+        )
         return ring, cache
 
     def run_both(self):
@@ -61,15 +95,17 @@ class Case:
 
 def assert_same(case: Case) -> None:
     (ring, cache), (want_ring, want) = case.run_both()
-    assert torch.equal(ring.view(torch.int32), want_ring.view(torch.int32))  # copies, NaN rows included
+    # copies, NaN rows included
+    assert torch.equal(ring.view(torch.int32), want_ring.view(torch.int32))
     slots = case.rows.slots[case.rows.slots > 0]
     got, expected = cache.load(slots), want.load(slots)
     if not len(slots):
         assert (cache.pages == 0xA5).all()
         return
-    # Sums in another order move a value by some 1e-6 of it, so a few bf16 and FP8 roundings fall to the neighbour: one
-    # step of e4m3, 2^-3, where nothing mixes. A flipped bf16 rounding of one channel reaches all 128 index channels
-    # through the rotation, where it is below the FP8 step of the largest: 2^-4 of the amax.
+    # Sums in another order move a value by some 1e-6 of it, so a few bf16 and FP8 roundings fall to
+    # the neighbour: one step of e4m3, 2^-3, where nothing mixes. A flipped bf16 rounding of one
+    # channel reaches all 128 index channels through the rotation, where it is below the FP8 step of
+    # the largest: 2^-4 of the amax.
     assert (got != expected).float().mean() < (2e-2 if case.dim == 128 else 5e-3)
     amax = expected.abs().amax(-1, keepdim=True)
     assert ((got - expected).abs() <= 2**-3 * expected.abs() + 2**-8 * amax).all()
@@ -104,7 +140,8 @@ def test_no_rows(ratio, dim):
 @KINDS
 @pytest.mark.parametrize("scale", [0.0, 1e-20, 30.0])
 def test_extreme_magnitudes(ratio, dim, scale):
-    """Scores of 30 sigma make the softmax a choice; zeros and tiny values reach the floor of the FP8 scale."""
+    """Scores of 30 sigma make the softmax a choice; zeros and tiny values reach the floor of the
+    FP8 scale."""
     assert_same(Case(ratio, dim, [0], [3 * ratio if ratio == 4 else ratio], scale=scale))
 
 
@@ -112,16 +149,20 @@ def test_extreme_magnitudes(ratio, dim, scale):
 def test_window_without_any_score_gives_zero(ratio, dim):
     """Empty state is k = 0, score = -inf: a window of nothing else must give 0, not NaN."""
     case = Case(ratio, dim, [0], [2 * ratio if ratio == 4 else ratio])
-    case.projected[:, case.projected.shape[1] // 2:] = float("-inf")
+    case.projected[:, case.projected.shape[1] // 2 :] = float("-inf")
     (_, cache), _ = case.run_both()
     assert (cache.load(case.rows.slots) == 0).all()
 
 
 @pytest.mark.parametrize("ratio", [4, 128])
 def test_ring_is_read_before_it_is_written(ratio):
-    """Kept rows of the step land on ring rows that its windows read; swapped order would change the entries."""
+    """Kept rows of the step land on ring rows that its windows read; swapped order would change the
+    entries."""
     case = Case(ratio, 512, [ratio - 2], [ratio])
-    read, written = case.rows.ring_row[case.rows.ring_row >= 0], case.rows.ring_write_row[case.rows.ring_write_row >= 0]
+    read, written = (
+        case.rows.ring_row[case.rows.ring_row >= 0],
+        case.rows.ring_write_row[case.rows.ring_write_row >= 0],
+    )
     alias = dataclasses.replace(case.rows, ring_write_row=case.rows.ring_write_row.clone())
     alias.ring_write_row[0] = read[0]
     if read[0] in written:
@@ -141,6 +182,17 @@ def test_ring_row_beyond_two_gigabytes():
     case.rows = dataclasses.replace(case.rows, ring_write_row=kept)
     cos, sin = rotation(case.rows.position, FREQUENCIES)
     kernel = compress.implementations["triton"].load()
-    kernel(case.projected, case.ring, case.rows, case.ape, case.weight, EPS, cos, sin, make_cache(4, 512, case.pages),
-           torch.bfloat16, False)
+    kernel(
+        case.projected,
+        case.ring,
+        case.rows,
+        case.ape,
+        case.weight,
+        EPS,
+        cos,
+        sin,
+        make_cache(4, 512, case.pages),
+        torch.bfloat16,
+        False,
+    )
     assert torch.equal(case.ring[row], case.projected[-1])

@@ -11,11 +11,19 @@ from dsv4_plugin.model import DeepseekV4, attention
 from dsv4_plugin.ops import operator, sparse_mla
 from dsv4_plugin.runtime import Engine
 
-KERNELS = ("build_step_plan", "qk_norm_rope_store", "compress", "rope_hadamard_quant", "indexer_logits", "topk_select",
-           "sparse_mla")
+KERNELS = (
+    "build_step_plan",
+    "qk_norm_rope_store",
+    "compress",
+    "rope_hadamard_quant",
+    "indexer_logits",
+    "topk_select",
+    "sparse_mla",
+)
 TRITON = chosen({}, operators=[f"{name}=triton" for name in KERNELS])
 CHUNKS = [51, 69, 3] + [1] * 6
-"""Prefill, prefill after a prefix that cuts windows of both ratios, and decode, over the 129 tokens of sequence 2."""
+"""Prefill, prefill after a prefix that cuts windows of both ratios, and decode, over the 129 tokens
+of sequence 2."""
 
 
 def rounded_once(q: torch.Tensor, *rest) -> torch.Tensor:
@@ -40,15 +48,22 @@ def test_all_kernels_serve_the_golden_sequence(golden_dir, golden_geometry, gold
     tokens = golden["input_ids_2"].tolist()
     with selected(TRITON):
         logits = score(model, tokens)
-        ran = {name: {choice.implementation for choice in operator.OPERATORS[name].choices.values() if choice.calls}
-               for name in KERNELS}
+        ran = {
+            name: {
+                choice.implementation
+                for choice in operator.OPERATORS[name].choices.values()
+                if choice.calls
+            }
+            for name in KERNELS
+        }
         assert ran == {name: {"triton"} for name in KERNELS}
     with selected(REFERENCES):
         monkeypatch.setattr(attention, "sparse_mla", rounded_once)
         reference = score(model, tokens)
 
-    # Figures of tests/data/golden/README.md. Kernels and this reference round in the same places and differ in the order
-    # of sums alone, so by less than bf16 arithmetic moves this model (mean 0.043); against exact, bf16 with the cache's
-    # roundings has mean 0.13, and the mildest mistake that shows above them 0.27.
+    # Figures of tests/data/golden/README.md. Kernels and this reference round in the same places
+    # and differ in the order of sums alone, so by less than bf16 arithmetic moves this model (mean
+    # 0.043); against exact, bf16 with the cache's roundings has mean 0.13, and the mildest mistake
+    # that shows above them 0.27.
     assert difference(logits, reference, tokens).mean() < 0.043
     assert difference(logits, golden["logits_2"], tokens).mean() < 0.2

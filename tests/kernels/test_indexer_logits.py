@@ -23,9 +23,12 @@ def make_case(prefix_lens: list[int], counts: list[int], heads: int = 16, seed: 
     random = torch.Generator().manual_seed(seed)
     tables = Tables(max(len(counts), 1), 1536, seed)
     plan = build_step_plan.reference(**tables.arguments(prefix_lens, counts))
-    cache = PackedIndexCache(torch.full((tables.pages, index_page_bytes()), 0x7F, dtype=torch.uint8))  # e4m3 NaN
+    # e4m3 NaN
+    cache = PackedIndexCache(
+        torch.full((tables.pages, index_page_bytes()), 0x7F, dtype=torch.uint8)
+    )
     for request, length in enumerate(p + c for p, c in zip(prefix_lens, counts)):
-        if slots := plan.request_slots(4)[request, :length // 4].tolist():
+        if slots := plan.request_slots(4)[request, : length // 4].tolist():
             cache.store(torch.tensor(slots), torch.randn(len(slots), 128, generator=random) * 3)
     tokens = sum(counts)
     q = (torch.randn(tokens, heads, 128, generator=random) * 50).to(torch.float8_e4m3fn)
@@ -33,12 +36,17 @@ def make_case(prefix_lens: list[int], counts: list[int], heads: int = 16, seed: 
 
 
 def assert_same(case: tuple) -> None:
-    got, want = indexer_logits.implementations["triton"].load()(*case), indexer_logits.reference(*case)
+    got, want = (
+        indexer_logits.implementations["triton"].load()(*case),
+        indexer_logits.reference(*case),
+    )
     assert got.shape == want.shape
     seen = want > float("-inf")
-    # Products of e4m3 are exact in fp32; n·128 of them are summed in another order: n·128·2^-24 of the sum of
-    # magnitudes, of which the largest logit is a fair part.
-    tolerance = case[0].shape[1] * 128 * 2.0**-24 * want[seen].abs().max().item() if seen.any() else 0.0
+    # Products of e4m3 are exact in fp32; n·128 of them are summed in another order: n·128·2^-24 of
+    # the sum of magnitudes, of which the largest logit is a fair part.
+    tolerance = (
+        case[0].shape[1] * 128 * 2.0**-24 * want[seen].abs().max().item() if seen.any() else 0.0
+    )
     torch.testing.assert_close(got[seen], want[seen], rtol=0, atol=tolerance)
 
 
@@ -75,7 +83,8 @@ def test_rows_are_scanned_in_pieces(monkeypatch):
 
 
 def test_longest_sequence_costs_nothing():
-    """A plan of a captured graph allows for more entries than anyone has: the same logits, the rest unwritten."""
+    """A plan of a captured graph allows for more entries than anyone has: the same logits, the rest
+    unwritten."""
     q, weights, cache, plan = make_case(*BATCHES["decode"])
     table = torch.nn.functional.pad(plan.page_table, (0, 40), value=1 << 40)  # a page no pool has
     long = dataclasses.replace(plan, max_seq_len=plan.max_seq_len + 40 * 256, page_table=table)
@@ -83,7 +92,9 @@ def test_longest_sequence_costs_nothing():
     want = indexer_logits.reference(q, weights, cache, plan)
     seen = want > float("-inf")
     assert got.shape[1] == long.max_seq_len // 4
-    torch.testing.assert_close(got[:, :want.shape[1]][seen], want[seen], rtol=0, atol=2.0**-11 * want[seen].abs().max())
+    torch.testing.assert_close(
+        got[:, : want.shape[1]][seen], want[seen], rtol=0, atol=2.0**-11 * want[seen].abs().max()
+    )
 
 
 def test_nothing_visible_and_no_rows():
@@ -95,7 +106,8 @@ def test_nothing_visible_and_no_rows():
 def test_page_beyond_two_gigabytes():
     q, weights, cache, plan = make_case([256], [1])
     page = (1 << 31) // index_page_bytes() + 9
-    pages = torch.empty(page + 1, index_page_bytes(), dtype=torch.uint8)  # touched pages only become resident
+    # touched pages only become resident
+    pages = torch.empty(page + 1, index_page_bytes(), dtype=torch.uint8)
     pages[page] = cache.pages[plan.page_table[0, 0]]
     far = dataclasses.replace(plan, page_table=torch.full_like(plan.page_table, page))
     got = indexer_logits.implementations["triton"].load()(q, weights, PackedIndexCache(pages), far)

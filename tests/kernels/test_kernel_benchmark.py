@@ -1,4 +1,5 @@
-"""The check path of benchmarks/kernels.py, interpreted: every operator passes, and what is broken is found and not timed."""
+"""The check path of benchmarks/kernels.py, interpreted: every operator passes, and what is broken
+is found and not timed."""
 
 from __future__ import annotations
 
@@ -34,21 +35,34 @@ def test_every_operator_passes(operator, tmp_path, capsys):
     phases = {row["case"].split()[0] for row in result["rows"]}
     assert phases == {"decode", "prefill"}
     for row in result["rows"]:
-        assert row["implementation"] == "triton" and row["check"]["error"] <= row["check"]["limit"] and row["check"]["rows"] > 0
+        assert (
+            row["implementation"] == "triton"
+            and row["check"]["error"] <= row["check"]["limit"]
+            and row["check"]["rows"] > 0
+        )
         assert row["floor"]["bytes"] > 0 and "times" not in row
     assert result["environment"]["device"] == "cpu" and "peaks" not in result
-    assert {"arch", "driver", "torch", "triton", "dsv4_plugin", "commit", "date"} <= result["environment"].keys()
+    assert {"arch", "driver", "torch", "triton", "dsv4_plugin", "commit", "date"} <= result[
+        "environment"
+    ].keys()
 
 
 @pytest.fixture
 def broken(monkeypatch):
-    """Puts a function in the place of an operator's kernel; it is given the kernel and the arguments of a call."""
+    """Puts a function in the place of an operator's kernel; it is given the kernel and the
+    arguments of a call."""
+
     def put(operator: str, function) -> None:
         implementation = OPERATORS[operator].implementations["triton"]
         kernel, module = implementation.load(), types.ModuleType("broken_kernel")
         module.run = lambda *arguments: function(kernel, *arguments)
         monkeypatch.setitem(sys.modules, "broken_kernel", module)
-        monkeypatch.setitem(OPERATORS[operator].implementations, "triton", dataclasses.replace(implementation, path="broken_kernel:run"))
+        monkeypatch.setitem(
+            OPERATORS[operator].implementations,
+            "triton",
+            dataclasses.replace(implementation, path="broken_kernel:run"),
+        )
+
     return put
 
 
@@ -66,12 +80,20 @@ def last_latent_not_stored(kernel, q, kv, weight, eps, cos, sin, slots, cache):
 
 def one_entry_not_stored(kernel, *arguments):
     rows = arguments[2]
-    return kernel(*arguments[:2], dataclasses.replace(rows, slots=torch.full_like(rows.slots, -1)), *arguments[3:])
+    return kernel(
+        *arguments[:2],
+        dataclasses.replace(rows, slots=torch.full_like(rows.slots, -1)),
+        *arguments[3:],
+    )
 
 
 def row_not_kept(kernel, *arguments):
     rows = arguments[2]
-    return kernel(*arguments[:2], dataclasses.replace(rows, ring_write_row=torch.full_like(rows.ring_write_row, -1)), *arguments[3:])
+    return kernel(
+        *arguments[:2],
+        dataclasses.replace(rows, ring_write_row=torch.full_like(rows.ring_write_row, -1)),
+        *arguments[3:],
+    )
 
 
 def never_written(kernel, q, weights, cos, sin, rounding):
@@ -82,17 +104,24 @@ def out_of_registers(kernel, *arguments):
     raise RuntimeError("out of registers\nand more")
 
 
-@pytest.mark.parametrize(("operator", "function", "named"), [
-    ("topk_select", one_number_off, "output: error inf"),
-    ("qk_norm_rope_store", last_latent_not_stored, "cache: error inf"),
-    ("compress", one_entry_not_stored, "cache: error inf"),
-    ("compress", row_not_kept, "ring: error"),
-    ("rope_hadamard_quant", never_written, "weighted queries: error inf"),
-    ("build_step_plan", out_of_registers, "RuntimeError: out of registers"),
-])
-def test_a_broken_kernel_is_found_and_not_timed(operator, function, named, broken, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("operator", "function", "named"),
+    [
+        ("topk_select", one_number_off, "output: error inf"),
+        ("qk_norm_rope_store", last_latent_not_stored, "cache: error inf"),
+        ("compress", one_entry_not_stored, "cache: error inf"),
+        ("compress", row_not_kept, "ring: error"),
+        ("rope_hadamard_quant", never_written, "weighted queries: error inf"),
+        ("build_step_plan", out_of_registers, "RuntimeError: out of registers"),
+    ],
+)
+def test_a_broken_kernel_is_found_and_not_timed(
+    operator, function, named, broken, tmp_path, capsys
+):
     broken(operator, function)
-    status, _ = run(tmp_path, operator, "rope_hadamard_quant" if operator == "build_step_plan" else operator)
+    status, _ = run(
+        tmp_path, operator, "rope_hadamard_quant" if operator == "build_step_plan" else operator
+    )
     out, err = capsys.readouterr()
     assert status == 1 and "WRONG, not timed" in out and named in err
     assert all(line.startswith(f"error: {operator} triton, ") for line in err.splitlines())
@@ -107,12 +136,19 @@ def test_a_broken_kernel_does_not_stop_the_others(broken, tmp_path):
 
 def test_a_peer_is_checked_too(tmp_path, monkeypatch):
     _, result = run(tmp_path, "topk_select")
-    assert all(row["peers"] == [{"name": "torch.topk", "note": row["peers"][0]["note"]}] for row in result["rows"])
+    assert all(
+        row["peers"] == [{"name": "torch.topk", "note": row["peers"][0]["note"]}]
+        for row in result["rows"]
+    )
     topk = torch.topk
     monkeypatch.setattr("kernel_peers.torch.topk", lambda x, k, **more: topk(-x, k, **more))
-    monkeypatch.setattr(torch.Tensor, "topk", lambda self, k, *more, **named: topk(self, k, *more, **named))
+    monkeypatch.setattr(
+        torch.Tensor, "topk", lambda self, k, *more, **named: topk(self, k, *more, **named)
+    )
     _, result = run(tmp_path, "topk_select")
-    assert any("differs from the reference" in row["peers"][0].get("absent", "") for row in result["rows"])
+    assert any(
+        "differs from the reference" in row["peers"][0].get("absent", "") for row in result["rows"]
+    )
 
 
 def test_memory_and_time_bound_a_run(tmp_path, capsys):

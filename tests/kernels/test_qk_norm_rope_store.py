@@ -1,4 +1,5 @@
-"""qk_norm_rope_store in Triton against its reference: bytes of the cache and bits of the queries."""
+"""qk_norm_rope_store in Triton against its reference: bytes of the cache and bits of the
+queries."""
 
 from __future__ import annotations
 
@@ -14,8 +15,10 @@ POISON = 0xA5
 
 
 def make_cache(pages: int, slots_per_page: int) -> PackedLatentCache:
-    return PackedLatentCache(torch.full((pages, latent_page_bytes(slots_per_page)), POISON, dtype=torch.uint8),
-                             slots_per_page)
+    return PackedLatentCache(
+        torch.full((pages, latent_page_bytes(slots_per_page)), POISON, dtype=torch.uint8),
+        slots_per_page,
+    )
 
 
 def make_inputs(tokens: int, heads: int, seed: int = 0, scale: float = 3.0) -> tuple:
@@ -42,11 +45,15 @@ def everything(cache: PackedLatentCache) -> torch.Tensor:
 
 
 def assert_same_but_for_rounding(got: torch.Tensor, want: torch.Tensor, step: float):
-    # The mean of squares is summed in another order, which moves the norm by some 1e-7: a value that lies that close
-    # to the border of two representable ones rounds to the other, one step away.
+    # The mean of squares is summed in another order, which moves the norm by some 1e-7: a value
+    # that lies that close to the border of two representable ones rounds to the other, one step
+    # away.
     assert (got != want).float().mean() < 2e-3
-    # Where e4m3 is subnormal its step is scale / 512, below 2^-16 of the largest value of the block.
-    torch.testing.assert_close(got.float(), want.float(), rtol=step, atol=2.0**-16 * want.abs().max().item())
+    # Where e4m3 is subnormal its step is scale / 512, below 2^-16 of the largest value of the
+    # block.
+    torch.testing.assert_close(
+        got.float(), want.float(), rtol=step, atol=2.0**-16 * want.abs().max().item()
+    )
 
 
 BF16_STEP, FP8_STEP = 2.0**-7, 2.0**-3
@@ -71,12 +78,15 @@ def test_negative_slot_is_not_stored():
     inputs = make_inputs(2, 2)
     (_, cache), (_, want) = run_both(inputs, torch.tensor([-1, 300]), 2, 256)
     assert (cache.pages[0] == POISON).all()
-    assert_same_but_for_rounding(cache.load(torch.tensor([300])), want.load(torch.tensor([300])), FP8_STEP)
+    assert_same_but_for_rounding(
+        cache.load(torch.tensor([300])), want.load(torch.tensor([300])), FP8_STEP
+    )
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-4, 1e17])
 def test_extreme_magnitudes(scale):
-    """Zeros, squares that underflow and squares near the end of fp32 come out as the reference's."""
+    """Zeros, squares that underflow and squares near the end of fp32 come out as the
+    reference's."""
     slots = torch.tensor([1, 2])
     (q, cache), (want_q, want) = run_both(make_inputs(2, 2, scale=scale), slots, 1, 256)
     assert_same_but_for_rounding(q, want_q, BF16_STEP)
@@ -97,7 +107,8 @@ def test_slot_beyond_two_gigabytes():
     """A slot whose byte offset does not fit in 32 bits is written where it belongs."""
     page_bytes = latent_page_bytes(256)
     page = (1 << 31) // page_bytes + 3
-    pages = torch.empty(page + 1, page_bytes, dtype=torch.uint8)  # touched pages only become resident
+    # touched pages only become resident
+    pages = torch.empty(page + 1, page_bytes, dtype=torch.uint8)
     run = qk_norm_rope_store.implementations["triton"].load()
     inputs = make_inputs(1, 1)
     run(*inputs, torch.tensor([page * 256 + 7]), PackedLatentCache(pages, 256))

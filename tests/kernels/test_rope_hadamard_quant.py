@@ -27,10 +27,11 @@ def run_both(inputs: tuple):
 def test_matches_reference(tokens, heads, scale):
     (q, weights), (want_q, want_weights) = run_both(make_inputs(tokens, heads, scale))
     assert q.dtype == torch.float8_e4m3fn
-    # Scales are powers of two of an amax that differs by rounding only, so the weights' factor is the same bits.
+    # Scales are powers of two of an amax that differs by rounding only, so the weights' factor is
+    # the same bits.
     assert torch.equal(weights, want_weights)
-    # Sums of 128 terms in another order move a value by some 1e-7 of it: those that close to the border of two FP8
-    # numbers land on the neighbour, one code away.
+    # Sums of 128 terms in another order move a value by some 1e-7 of it: those that close to the
+    # border of two FP8 numbers land on the neighbour, one code away.
     codes, want = q.view(torch.uint8).int(), want_q.view(torch.uint8).int()
     assert ((codes - want).abs() <= 1).all()
     assert (codes != want).float().mean() < 2e-3
@@ -49,7 +50,8 @@ def test_no_rows():
 
 
 def test_a_single_channel_spreads_with_sylvester_signs():
-    """Without a turn (position 0), channel c becomes row c of the matrix: +-2^-3.5, signs by common bits."""
+    """Without a turn (position 0), channel c becomes row c of the matrix: +-2^-3.5, signs by common
+    bits."""
     q = torch.zeros(1, 16, 128, dtype=torch.bfloat16)
     channels = torch.arange(16) * 8 + 5
     q[0, torch.arange(16), channels] = 1.0

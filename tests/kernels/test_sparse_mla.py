@@ -15,16 +15,20 @@ from dsv4_plugin.ops.sparse_mla import sparse_mla
 
 SCALE = 512**-0.5
 FREQUENCIES = 160000 ** -(torch.arange(0, 64, 2) / 64)
-# Expected is the reference of the same queries in fp32, attention and then the rotation with no rounding; a kernel rounds to
-# bf16 once, after both, by up to 2^-8 of the result. Interpreted, the Triton kernel multiplies in fp32 as the reference does:
-# they differ by the order of sums. The Gluon kernel also rounds probabilities to bf16, each by up to 2^-8 of itself and
-# half of that on average; an output is a mean of latents of size ~1 under them, and where those cancel the errors do not:
-# 2^-9 of the largest latent, ~4. The rotation mixes two such errors, √2 of one at most.
+# Expected is the reference of the same queries in fp32, attention and then the rotation with no
+# rounding; a kernel rounds to bf16 once, after both, by up to 2^-8 of the result. Interpreted, the
+# Triton kernel multiplies in fp32 as the reference does: they differ by the order of sums. The
+# Gluon kernel also rounds probabilities to bf16, each by up to 2^-8 of itself and half of that on
+# average; an output is a mean of latents of size ~1 under them, and where those cancel the errors
+# do not: 2^-9 of the largest latent, ~4. The rotation mixes two such errors, √2 of one at most.
 TOLERANCE = {"triton": dict(rtol=2**-8, atol=1e-5), "gluon": dict(rtol=2**-8, atol=2**-6.5)}
 
 
-def latents(pages: int, slots_per_page: int, generator: torch.Generator, scale: float = 1.0) -> PackedLatentCache:
-    """A cache of random latents over poisoned bytes: page 0 and what no slot covers stay 0xFF, e4m3's NaN."""
+def latents(
+    pages: int, slots_per_page: int, generator: torch.Generator, scale: float = 1.0
+) -> PackedLatentCache:
+    """A cache of random latents over poisoned bytes: page 0 and what no slot covers stay 0xFF,
+    e4m3's NaN."""
     raw = torch.full((pages, latent_page_bytes(slots_per_page)), 0xFF, dtype=torch.uint8)
     cache = PackedLatentCache(raw, slots_per_page)
     slots = torch.arange(slots_per_page, pages * slots_per_page)
@@ -32,9 +36,16 @@ def latents(pages: int, slots_per_page: int, generator: torch.Generator, scale: 
     return cache
 
 
-def slot_list(tokens: int, width: int, lengths: list[int], cache: PackedLatentCache, generator: torch.Generator,
-              last: bool = False) -> torch.Tensor:
-    """int64 [tokens, width]: random slots of pages > 0, `lengths[t]` of them, absent ones last (or first)."""
+def slot_list(
+    tokens: int,
+    width: int,
+    lengths: list[int],
+    cache: PackedLatentCache,
+    generator: torch.Generator,
+    last: bool = False,
+) -> torch.Tensor:
+    """int64 [tokens, width]: random slots of pages > 0, `lengths[t]` of them, absent ones last (or
+    first)."""
     first, most = cache.slots_per_page, cache.pages.shape[0] * cache.slots_per_page
     slots = torch.randint(first, most, (tokens, width), generator=generator)
     place = torch.arange(width)
@@ -43,9 +54,17 @@ def slot_list(tokens: int, width: int, lengths: list[int], cache: PackedLatentCa
     return slots
 
 
-def case(heads: int, window: list[int], compressed: list[int] | None, width: int = 0, ratio: int = 4, seed: int = 0,
-         q_scale: float = 1.0) -> tuple:
-    """Arguments of the operator: row t attends to `window[t]` and `compressed[t]` slots, at a position of its own below 2^20."""
+def case(
+    heads: int,
+    window: list[int],
+    compressed: list[int] | None,
+    width: int = 0,
+    ratio: int = 4,
+    seed: int = 0,
+    q_scale: float = 1.0,
+) -> tuple:
+    """Arguments of the operator: row t attends to `window[t]` and `compressed[t]` slots, at a
+    position of its own below 2^20."""
     generator = torch.Generator().manual_seed(seed)
     tokens = len(window)
     window_cache = latents(3, 256, generator)
@@ -56,13 +75,27 @@ def case(heads: int, window: list[int], compressed: list[int] | None, width: int
     if compressed is None:
         return q, window_cache, slots, None, None, sink, SCALE, cos, sin
     cache = latents(5 if ratio == 4 else 40, 256 // ratio, generator)
-    return q, window_cache, slots, cache, slot_list(tokens, width, compressed, cache, generator), sink, SCALE, cos, sin
+    return (
+        q,
+        window_cache,
+        slots,
+        cache,
+        slot_list(tokens, width, compressed, cache, generator),
+        sink,
+        SCALE,
+        cos,
+        sin,
+    )
 
 
 def finite_reference(arguments: tuple) -> torch.Tensor:
-    """The reference in fp32 on caches whose poison is cleared: it multiplies absent latents by zero."""
+    """The reference in fp32 on caches whose poison is cleared: it multiplies absent latents by
+    zero."""
     q, window_cache, window, cache, slots, *rest = arguments
-    clean = [each and PackedLatentCache(each.pages.clone(), each.slots_per_page) for each in (window_cache, cache)]
+    clean = [
+        each and PackedLatentCache(each.pages.clone(), each.slots_per_page)
+        for each in (window_cache, cache)
+    ]
     for each in clean:
         if each:
             each.pages[0] = 0
@@ -71,7 +104,8 @@ def finite_reference(arguments: tuple) -> torch.Tensor:
 
 @pytest.fixture(params=[1, 4], ids=["one pass", "4 splits"])
 def splits(request, monkeypatch) -> int:
-    """Each test runs in a single pass and with a token's tiles split over programs, by tiles as GPUs have them."""
+    """Each test runs in a single pass and with a token's tiles split over programs, by tiles as
+    GPUs have them."""
     monkeypatch.setattr(triton, "_TILE_TABLE", [("cpu", 128, triton.Tile(16, 32, 1, 1))])
     for module in (triton, gluon):
         monkeypatch.setattr(module, "split_count", lambda *shape: request.param)
@@ -118,13 +152,15 @@ def test_two_slots_a_page(check):
 
 
 def test_list_wider_than_any_row(check):
-    """A list sized for the longest context, as in a captured graph: splits past a row's end write nothing."""
+    """A list sized for the longest context, as in a captured graph: splits past a row's end write
+    nothing."""
     check(case(16, [128, 5], [40, 0], 1024, ratio=128))
 
 
 @pytest.mark.parametrize("q_scale", [0.0, 30.0, 2000.0])
 def test_extreme_logits(q_scale, check):
-    """Logits of 0 and about ±1e2 and ±1e4, whose exponentials overflow without the running maximum."""
+    """Logits of 0 and about ±1e2 and ±1e4, whose exponentials overflow without the running
+    maximum."""
     arguments = case(16, [128, 20], [40, 40], 64, q_scale=q_scale)
     # A logit of 1e4 has an fp32 spacing of 1e-3, so exp carries a relative error of a few 1e-3.
     check(arguments, rtol=2e-2, atol=2e-2)
@@ -140,13 +176,20 @@ def test_sink(sink, check):
 
 @pytest.mark.parametrize("name", ["triton", "gluon"])
 def test_pairs_turn_back_by_their_position_and_are_rounded_once(name, splits, monkeypatch):
-    """Rows that attend to two latents alike give their mean exactly; then complex numbers times e^(-i·t·f) in double."""
+    """Rows that attend to two latents alike give their mean exactly; then complex numbers times
+    e^(-i·t·f) in double."""
     q, cache, window, _, _, _, scale, cos, sin = case(16, [2] * 6, None)
     sink, turn = torch.full((16,), -1e4), torch.complex(cos.double(), -sin.double())
-    got = implementation(name, monkeypatch)(torch.zeros_like(q), cache, window, None, None, sink, scale, cos, sin)
+    got = implementation(name, monkeypatch)(
+        torch.zeros_like(q), cache, window, None, None, sink, scale, cos, sin
+    )
     mean = cache.load(window[:, -2:].flatten()).double().unflatten(0, (-1, 2)).mean(1)
     turned = torch.view_as_complex(mean[:, 448:].unflatten(-1, (-1, 2)).contiguous()) * turn
-    want = torch.cat((mean[:, :448], torch.view_as_real(turned).flatten(-2)), -1).unsqueeze(1).expand(-1, 16, -1)
+    want = (
+        torch.cat((mean[:, :448], torch.view_as_real(turned).flatten(-2)), -1)
+        .unsqueeze(1)
+        .expand(-1, 16, -1)
+    )
     # One rounding to bf16; fp32 products are off by some 2^-24 of a pair of size up to 4.
     torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=2e-6)
 
@@ -154,7 +197,15 @@ def test_pairs_turn_back_by_their_position_and_are_rounded_once(name, splits, mo
 @pytest.mark.parametrize("run", [triton.sparse_mla, gluon.sparse_mla], ids=["triton", "gluon"])
 def test_no_rows(run):
     q, *rest = case(16, [128], [8], 32)
-    empty = (q[:0], rest[0], rest[1][:0], rest[2], rest[3][:0], *rest[4:6], *(part[:0] for part in rest[6:]))
+    empty = (
+        q[:0],
+        rest[0],
+        rest[1][:0],
+        rest[2],
+        rest[3][:0],
+        *rest[4:6],
+        *(part[:0] for part in rest[6:]),
+    )
     assert run(*empty).shape == (0, 16, 512)
 
 
@@ -165,11 +216,24 @@ def test_small_scales(check):
     check(arguments)
 
 
-@pytest.mark.parametrize(("tokens", "heads", "blocks", "tiles", "programs", "splits"), [
-    (1, 16, 1, 18, 512, 16), (1, 16, 1, 3, 512, 2), (1, 16, 1, 1, 512, 1), (0, 16, 1, 4, 512, 4),  # no more than tiles
-    (1, 16, 1, 130, 512, 32),  # nor than 32
-    (1, 16, 1, 18, 12, 8), (4, 128, 2, 36, 16, 2), (4096, 128, 2, 36, 512, 1),  # nor than fit, rounded down
-    (4, 128, 2, 36, 512, 8), (64, 16, 1, 18, 512, 4), (512, 16, 1, 18, 4096, 1),  # nor than pay for their parts
-])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "blocks", "tiles", "programs", "splits"),
+    [
+        # no more than tiles
+        (1, 16, 1, 18, 512, 16),
+        (1, 16, 1, 3, 512, 2),
+        (1, 16, 1, 1, 512, 1),
+        (0, 16, 1, 4, 512, 4),
+        (1, 16, 1, 130, 512, 32),  # nor than 32
+        # nor than fit, rounded down
+        (1, 16, 1, 18, 12, 8),
+        (4, 128, 2, 36, 16, 2),
+        (4096, 128, 2, 36, 512, 1),
+        # nor than pay for their parts
+        (4, 128, 2, 36, 512, 8),
+        (64, 16, 1, 18, 512, 4),
+        (512, 16, 1, 18, 4096, 1),
+    ],
+)
 def test_split_count(tokens, heads, blocks, tiles, programs, splits):
     assert triton.split_count(tokens, heads, blocks, tiles, programs) == splits

@@ -20,22 +20,38 @@ def assert_same(tables: Tables, prefix_lens: list[int], counts: list[int], rings
     arguments = tables.arguments(prefix_lens, counts)
     got = build_step_plan.implementations["triton"].load()(**arguments, rings=rings)
     want = build_step_plan.reference(**arguments, rings=rings, static_rows=True)
-    assert (got.max_queries, got.max_seq_len, got.phase) == (want.max_queries, want.max_seq_len, want.phase)
+    assert (got.max_queries, got.max_seq_len, got.phase) == (
+        want.max_queries,
+        want.max_seq_len,
+        want.phase,
+    )
     for name in TENSORS:
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     assert got.page_table.shape == want.page_table.shape
-    for request, length in enumerate(arguments["seq_lens"].tolist()):  # what lies past a sequence's end is undefined
+    # what lies past a sequence's end is undefined
+    for request, length in enumerate(arguments["seq_lens"].tolist()):
         pages = -(-length // PAGE)
         assert torch.equal(got.page_table[request, :pages], want.page_table[request, :pages])
     assert got.compression.keys() == want.compression.keys()
     for ratio, rows in got.compression.items():
         for name in ROWS:
-            assert torch.equal(getattr(rows, name), getattr(want.compression[ratio], name)), (ratio, name)
+            assert torch.equal(getattr(rows, name), getattr(want.compression[ratio], name)), (
+                ratio,
+                name,
+            )
 
 
-@pytest.mark.parametrize("prefix_lens, counts", [
-    ([0], [1]), ([0, 0], [300, 5]), ([255, 256, 257, 0, 3, 127], [1] * 6), ([131, 700, 0], [130, 1, 4]), ([252], [9]),
-], ids=["first token", "prefill", "decode", "chunks", "page border"])
+@pytest.mark.parametrize(
+    "prefix_lens, counts",
+    [
+        ([0], [1]),
+        ([0, 0], [300, 5]),
+        ([255, 256, 257, 0, 3, 127], [1] * 6),
+        ([131, 700, 0], [130, 1, 4]),
+        ([252], [9]),
+    ],
+    ids=["first token", "prefill", "decode", "chunks", "page border"],
+)
 def test_matches_reference(prefix_lens, counts):
     assert_same(Tables(len(counts), 1024, seed=3), prefix_lens, counts)
 
@@ -73,7 +89,10 @@ def test_table_beyond_two_gigabytes():
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 700), st.integers(0, 40)), min_size=1, max_size=5), st.integers(0, 100))
+@given(
+    st.lists(st.tuples(st.integers(0, 700), st.integers(0, 40)), min_size=1, max_size=5),
+    st.integers(0, 100),
+)
 def test_any_batch(batch, seed):
     prefix_lens, counts = zip(*batch)
     assert_same(Tables(len(batch), 768, seed), list(prefix_lens), list(counts))

@@ -34,10 +34,14 @@ def test_released_sizes(topk):
 
 
 VALUES = {
-    "zeros": torch.zeros(2, 3000), "equal": torch.full((2, 3000), -1e30),
-    "ascending": torch.arange(6000.0).view(2, 3000), "descending": -torch.arange(6000.0).view(2, 3000),
-    "ties": normal(2, 3000).round(), "denormal": normal(2, 3000) * 1e-40,
-    "huge": normal(2, 3000).mul(40).exp(), "huge negative": -normal(2, 3000).mul(40).exp(),
+    "zeros": torch.zeros(2, 3000),
+    "equal": torch.full((2, 3000), -1e30),
+    "ascending": torch.arange(6000.0).view(2, 3000),
+    "descending": -torch.arange(6000.0).view(2, 3000),
+    "ties": normal(2, 3000).round(),
+    "denormal": normal(2, 3000) * 1e-40,
+    "huge": normal(2, 3000).mul(40).exp(),
+    "huge negative": -normal(2, 3000).mul(40).exp(),
     "of either sign": torch.where(normal(2, 3000) > 0, 1e4, -1e4),
     "signed zeros": torch.where(normal(2, 3000) > 0, 0.0, -0.0),
     "signed zeros between denormals": torch.tensor([1e-45, 0.0, -0.0, -1e-45]).repeat(2, 750),
@@ -59,20 +63,24 @@ def test_values_of_many_chunks(logits, monkeypatch):
 
 
 def test_nan_is_past_infinity():
-    """By its sign, above or below every value; all bits set, the lowest of all, is not taken for what no row sees."""
+    """By its sign, above or below every value; all bits set, the lowest of all, is not taken for
+    what no row sees."""
     logits = normal(2, 400)
     highest, lowest = logits > 1, logits < -1
     nan = torch.where(highest, 0x7FC00000, -1).to(torch.int32).view(torch.float32)
     seen = torch.tensor([400, 90])
     for topk in (20, 300, 390):
-        got = topk_select.implementations["triton"].load()(torch.where(highest | lowest, nan, logits), seen, topk)
+        got = topk_select.implementations["triton"].load()(
+            torch.where(highest | lowest, nan, logits), seen, topk
+        )
         want = logits.masked_fill(highest, float("inf")).masked_fill(lowest, float("-inf"))
         assert torch.equal(got, topk_select.reference(want, seen, topk))
 
 
 @pytest.mark.parametrize("visible", [0, 1, 255, 256, 257, 300, 511, 512, 2000, 4000])
 def test_levels(visible, monkeypatch):
-    """Rows of many chunks, short ones among them: here of 256, kept 40 of each, until one chunk is left."""
+    """Rows of many chunks, short ones among them: here of 256, kept 40 of each, until one chunk is
+    left."""
     monkeypatch.setattr(kernels, "_CHUNK", 256)
     monkeypatch.setattr(kernels, "_LEAST_BLOCK", 64)
     assert_same(normal(2, 4000), [visible, 4000], 40)
@@ -86,7 +94,8 @@ def test_released_chunks(entries):
 
 
 def test_border_across_chunks():
-    """The equals that are kept end just before, at and just after the first entry of the second chunk."""
+    """The equals that are kept end just before, at and just after the first entry of the second
+    chunk."""
     logits = torch.full((3, 16900), -1.0)
     for row, first in enumerate((15872, 15873, 15874)):
         logits[row, first:] = 0.0
@@ -114,6 +123,8 @@ def test_reads_only_its_columns():
 def test_any_floats(data):
     rows, entries = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 200))
     floats = st.floats(width=32, allow_nan=False)
-    logits = torch.tensor([data.draw(st.lists(floats, min_size=entries, max_size=entries)) for _ in range(rows)])
+    logits = torch.tensor(
+        [data.draw(st.lists(floats, min_size=entries, max_size=entries)) for _ in range(rows)]
+    )
     visible = [data.draw(st.integers(0, entries)) for _ in range(rows)]
     assert_same(logits, visible, data.draw(st.integers(1, 220)))

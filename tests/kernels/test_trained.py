@@ -1,4 +1,5 @@
-"""The trained checkpoint recalls what it was told a thousand tokens before with every Triton kernel of the attention path."""
+"""The trained checkpoint recalls what it was told a thousand tokens before with every Triton kernel
+of the attention path."""
 
 from __future__ import annotations
 
@@ -14,11 +15,13 @@ from dsv4_plugin.ops import operator
 
 FAR = Amount(((1024, 1, 8),), windows=1, window=128)
 TAIL = 4
-"""Tokens before the first thing, its cue among them, that kernels compute as well; as many at the end are decoded singly."""
+"""Tokens before the first thing, its cue among them, that kernels compute as well; as many at the
+end are decoded singly."""
 
 
 def test_things_are_recalled_by_kernels():
-    """References read the text, which interpreted kernels would take minutes for; kernels read the questions after it."""
+    """References read the text, which interpreted kernels would take minutes for; kernels read the
+    questions after it."""
     directory = gate.checkpoint_directory()
     engine = gate.load_engine(directory, Precision.SERVING, "cpu", max_tokens=4096)
     [asked] = make_exam(directory, engine.model.geometry.bos_token_id, FAR).documents[1024]
@@ -39,7 +42,11 @@ def test_things_are_recalled_by_kernels():
 
     found = answer(TRITON)
     things, best = [at - 1 - begin for at, _ in asked.things], found.argmax(-1).tolist()
-    assert [tuple(best[row:row + len(thing)]) for row, (_, thing) in zip(things, asked.things)] == [thing for _, thing in asked.things]
-    moved = F.kl_div(found[things], answer(gate.REFERENCES)[things], log_target=True, reduction="batchmean")
+    assert [
+        tuple(best[row : row + len(thing)]) for row, (_, thing) in zip(things, asked.things)
+    ] == [thing for _, thing in asked.things]
+    moved = F.kl_div(
+        found[things], answer(gate.REFERENCES)[things], log_target=True, reduction="batchmean"
+    )
     print(f"nats from the references: {moved:.2g}")
     assert moved < gate.MARGINS["divergence of things"].limit

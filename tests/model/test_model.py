@@ -19,13 +19,22 @@ CPU = torch.device("cpu")
 def test_parameter_paths_are_the_released_names(golden_geometry):
     """Routed experts aside, which are stacked, and scales, which are decoded into their weights."""
     names = {name for name, _ in DeepseekV4(golden_geometry, Precision.EXACT).named_parameters()}
-    released = {name.replace(f".experts.{spec.expert}.", ".experts.") for name, spec in expected_tensors(golden_geometry).items()
-                if spec.weight is None}
+    released = {
+        name.replace(f".experts.{spec.expert}.", ".experts.")
+        for name, spec in expected_tensors(golden_geometry).items()
+        if spec.weight is None
+    }
     assert names == released
 
 
-@pytest.mark.parametrize("parts, has", [("backbone", {"layers", "norm", "hc_head_fn"}), ("mtp", {"mtp"}),
-                                        ("all", {"layers", "norm", "hc_head_fn", "mtp"})])
+@pytest.mark.parametrize(
+    "parts, has",
+    [
+        ("backbone", {"layers", "norm", "hc_head_fn"}),
+        ("mtp", {"mtp"}),
+        ("all", {"layers", "norm", "hc_head_fn", "mtp"}),
+    ],
+)
 def test_parts(golden_geometry, golden_dir, parts, has):
     model = DeepseekV4(golden_geometry, Precision.EXACT, parts=parts)
     held = {name.split(".")[0] for name, _ in model.named_parameters()}
@@ -50,7 +59,9 @@ def test_backbone_and_mtp_apart_equal_the_whole(golden_geometry, golden_dir, gol
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("stored, quantize", [("fp8", quantize_weight_fp8), ("fp4", quantize_weight_fp4)])
+@pytest.mark.parametrize(
+    "stored, quantize", [("fp8", quantize_weight_fp8), ("fp4", quantize_weight_fp4)]
+)
 def test_packed_and_dense_weights_compute_the_same(stored, quantize):
     weight, scale = quantize(torch.randn(256, 384))
     x = torch.randn(5, 384)
@@ -66,7 +77,9 @@ def test_released_scales_decode_to_bf16_without_loss():
     """An e4m3 or e2m1 value times a power of two has 3 or 1 bits of fraction; bf16 has 7."""
     for stored, quantize in (("fp8", quantize_weight_fp8), ("fp4", quantize_weight_fp4)):
         pair = quantize(torch.randn(256, 256))
-        exact, rounded = (Linear(256, 256, stored, dtype, CPU) for dtype in (torch.float32, torch.bfloat16))
+        exact, rounded = (
+            Linear(256, 256, stored, dtype, CPU) for dtype in (torch.float32, torch.bfloat16)
+        )
         exact.load(*pair)
         rounded.load(*pair)
         assert torch.equal(rounded.weight.float(), exact.weight)
@@ -83,7 +96,10 @@ def test_experts_are_loaded_one_by_one():
         assert torch.equal(stack.weight[expert], single.weight)
 
 
-@pytest.mark.parametrize("precision, dtype", [("exact", torch.float32), ("official", torch.float32), ("serving", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "precision, dtype",
+    [("exact", torch.float32), ("official", torch.float32), ("serving", torch.bfloat16)],
+)
 def test_what_stays_in_fp32(golden_geometry, precision, dtype):
     model = DeepseekV4(golden_geometry, Precision(precision))
     always = ("hc_", "attn_sink", ".ape", "gate.bias")
@@ -91,4 +107,6 @@ def test_what_stays_in_fp32(golden_geometry, precision, dtype):
         if name.endswith("tid2eid"):
             assert parameter.dtype == torch.int64
         else:
-            assert parameter.dtype == (torch.float32 if any(part in name for part in always) else dtype), name
+            assert parameter.dtype == (
+                torch.float32 if any(part in name for part in always) else dtype
+            ), name

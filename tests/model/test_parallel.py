@@ -1,4 +1,5 @@
-"""Shares of the model on two processes, played by two threads that sum for real, must equal the whole model."""
+"""Shares of the model on two processes, played by two threads that sum for real, must equal the
+whole model."""
 
 from __future__ import annotations
 
@@ -51,8 +52,21 @@ LAYOUTS = {
 def directory(tmp_path_factory):
     """Three layers of all kinds; every split leaves whole blocks of 128."""
     path = tmp_path_factory.mktemp("parallel") / "model"
-    write_tiny(path, tiny_config(layers=3, hidden=128, experts=4, experts_per_token=2, heads=4, o_groups=2, intermediate=256,
-                                 index_topk=8, compress_ratios=[4, 128, 0]), seed=2)
+    write_tiny(
+        path,
+        tiny_config(
+            layers=3,
+            hidden=128,
+            experts=4,
+            experts_per_token=2,
+            heads=4,
+            o_groups=2,
+            intermediate=256,
+            index_topk=8,
+            compress_ratios=[4, 128, 0],
+        ),
+        seed=2,
+    )
     return path
 
 
@@ -61,7 +75,9 @@ def prompt() -> list[int]:
     return torch.randint(2, 320, (LENGTH,), generator=torch.Generator().manual_seed(8)).tolist()
 
 
-def build(directory, parallel: Parallel = Parallel(), precision: Precision = Precision.EXACT) -> DeepseekV4:
+def build(
+    directory, parallel: Parallel = Parallel(), precision: Precision = Precision.EXACT
+) -> DeepseekV4:
     model = DeepseekV4(Geometry.from_dir(directory), precision, parallel)
     load_checkpoint(model, directory)
     return model
@@ -94,8 +110,11 @@ def on_both_ranks(work) -> list:
     return results
 
 
-def score(directory, groups: tuple[str, ...], prompt: list[int], change=lambda rank, model: None) -> list:
+def score(
+    directory, groups: tuple[str, ...], prompt: list[int], change=lambda rank, model: None
+) -> list:
     """(logits, MTP logits) on each rank."""
+
     def work(rank: int, summing: Summing):
         model = build(directory, Parallel(**{name: summing.group(rank) for name in groups}))
         change(rank, model)
@@ -123,7 +142,10 @@ def test_two_ranks_equal_one(directory, prompt, whole, layout):
 
 def test_shares_hold_their_part_of_every_tensor(directory):
     one = build(directory)
-    two = [build(directory, Parallel(**{name: Group(rank, SIZE) for name in LAYOUTS["tensor"]})) for rank in range(SIZE)]
+    two = [
+        build(directory, Parallel(**{name: Group(rank, SIZE) for name in LAYOUTS["tensor"]}))
+        for rank in range(SIZE)
+    ]
     attention = [model.layers[0].attn for model in two]
     assert torch.equal(torch.cat([a.attn_sink for a in attention]), one.layers[0].attn.attn_sink)
     for name, axis in (("wq_b", 0), ("wo_a", 0), ("wo_b", 1)):
@@ -144,17 +166,25 @@ def experts_of_rank_zero(rank, model):
         layer.ffn.experts.first = 0
 
 
-@pytest.mark.parametrize("layout, mistake", [("attention", sink_of_rank_zero), ("expert", experts_of_rank_zero)])
+@pytest.mark.parametrize(
+    "layout, mistake", [("attention", sink_of_rank_zero), ("expert", experts_of_rank_zero)]
+)
 def test_a_wrong_share_shows(directory, prompt, whole, layout, mistake):
     results = score(directory, LAYOUTS[layout], prompt, mistake)
     assert (joined(results, LAYOUTS[layout], 0) - whole[0]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("group, message", [
-    ("attention", "parallel size 3 does not divide num_attention_heads 4"),
-    ("expert", "parallel size 3 does not divide n_routed_experts 4"),
-    ("shared", "parallel size 3 does not divide moe_intermediate_size 256 in whole blocks of 128"),
-])
+@pytest.mark.parametrize(
+    "group, message",
+    [
+        ("attention", "parallel size 3 does not divide num_attention_heads 4"),
+        ("expert", "parallel size 3 does not divide n_routed_experts 4"),
+        (
+            "shared",
+            "parallel size 3 does not divide moe_intermediate_size 256 in whole blocks of 128",
+        ),
+    ],
+)
 def test_a_layout_that_does_not_fit_is_refused(directory, group, message):
     with pytest.raises(ParallelError, match=message):
         DeepseekV4(Geometry.from_dir(directory), Precision.EXACT, Parallel(**{group: Group(0, 3)}))

@@ -16,14 +16,18 @@ def naive(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.T
     for i in range(scale.shape[0]):
         for j in range(scale.shape[1]):
             rows, columns = slice(i * 128, (i + 1) * 128), slice(j * 128, (j + 1) * 128)
-            out[:, rows] += x[:, columns].double() @ (weight[rows, columns].double() * scale[i, j].double()).T
+            out[:, rows] += (
+                x[:, columns].double() @ (weight[rows, columns].double() * scale[i, j].double()).T
+            )
     return out
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (200, 300), (64, 513), (257, 128)])
 @pytest.mark.parametrize("scales", ["ue8m0", "fp32"])
 def test_blocks(shape, scales):
-    weight, scale = quantize_weight_fp8(torch.randn(shape) * torch.logspace(-3, 1, shape[0])[:, None])
+    weight, scale = quantize_weight_fp8(
+        torch.randn(shape) * torch.logspace(-3, 1, shape[0])[:, None]
+    )
     if scales == "fp32":
         scale = scale.float() * (0.5 + torch.rand(scale.shape))
     x = torch.randn(6, shape[1])
@@ -46,7 +50,8 @@ def test_fp32_product_of_bf16_inputs_is_not_rounded():
     x, weight = torch.randn(3, 256).bfloat16(), torch.randn(128, 256).bfloat16()
     got = linear_fp32(x, weight)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), x.double() @ weight.double().T, rtol=0, atol=1e-4)  # fp32 sums, terms to 10
+    # fp32 sums, terms to 10
+    torch.testing.assert_close(got.double(), x.double() @ weight.double().T, rtol=0, atol=1e-4)
     assert (got != got.bfloat16()).any()
 
 

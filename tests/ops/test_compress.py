@@ -1,4 +1,5 @@
-"""Compressed entries against direct computation from the whole token history in float64 (docs/model.md §3.3)."""
+"""Compressed entries against direct computation from the whole token history in float64
+(docs/model.md §3.3)."""
 
 from __future__ import annotations
 
@@ -30,16 +31,17 @@ class History:
         self.weight = torch.rand(dim) + 0.5
 
     def entry(self, request: int, index: int) -> np.ndarray:
-        """Entry `index` by docs/model.md §3.3: the a-half of the tokens before the window and the b-half of its own."""
+        """Entry `index` by docs/model.md §3.3: the a-half of the tokens before the window and the
+        b-half of its own."""
         history, ape = self.projected[request].double().numpy(), self.ape.double().numpy()
-        k, z = history[:, :self.width], history[:, self.width:]
+        k, z = history[:, : self.width], history[:, self.width :]
         own = slice(self.width - self.dim, self.width)
         values, scores = [], []
         for i in range(self.ratio):
             if self.ratio == 4 and index > 0:
                 t = 4 * index - 4 + i
-                values.append(k[t, :self.dim])
-                scores.append(z[t, :self.dim] + ape[i, :self.dim])
+                values.append(k[t, : self.dim])
+                scores.append(z[t, : self.dim] + ape[i, : self.dim])
             t = self.ratio * index + i
             values.append(k[t, own])
             scores.append(z[t, own] + ape[i, own])
@@ -57,32 +59,50 @@ class History:
         return store(slots, rounded=False)
 
     def make_ring(self, tables: Tables) -> torch.Tensor:
-        """Nothing is cleared between requests: a row that this sequence did not write may hold anything."""
+        """Nothing is cleared between requests: a row that this sequence did not write may hold
+        anything."""
         rows = tables.pages * 8 if self.ratio == 4 else (max(tables.row, default=0) + 1) * 128
         return torch.full((rows, 2 * self.width), float("nan"))
 
-    def step(self, tables: Tables, ring: torch.Tensor, cache, rotate: bool = False, dtype=torch.float32):
+    def step(
+        self, tables: Tables, ring: torch.Tensor, cache, rotate: bool = False, dtype=torch.float32
+    ):
         rows = build_step_plan.reference(**tables.arguments()).compression[self.ratio]
-        projected = torch.cat([self.projected[index][request.prefix:request.after]
-                               for index, request in enumerate(tables.requests)] or [torch.empty(0, 2 * self.width)])
+        projected = torch.cat(
+            [
+                self.projected[index][request.prefix : request.after]
+                for index, request in enumerate(tables.requests)
+            ]
+            or [torch.empty(0, 2 * self.width)]
+        )
         cos, sin = rotation(rows.position, FREQUENCIES)
-        compress.reference(projected, ring, rows, self.ape, self.weight, EPS, cos, sin, cache, dtype, rotate)
+        compress.reference(
+            projected, ring, rows, self.ape, self.weight, EPS, cos, sin, cache, dtype, rotate
+        )
         return rows
 
     def assert_entries(self, tables: Tables, cache) -> None:
         for index, request in enumerate(tables.requests):
             for w in range(request.after // self.ratio):
                 slot = tables.full(index, self.ratio * w) // self.ratio
-                # fp32 softmax and sums of values near 1, and angles of up to 600 radians rounded to fp32.
-                np.testing.assert_allclose(cache.load(torch.tensor([slot]))[0].double().numpy(), self.entry(index, w),
-                                           rtol=0, atol=1e-4)
+                # fp32 softmax and sums of values near 1, and angles of up to 600 radians rounded to
+                # fp32.
+                np.testing.assert_allclose(
+                    cache.load(torch.tensor([slot]))[0].double().numpy(),
+                    self.entry(index, w),
+                    rtol=0,
+                    atol=1e-4,
+                )
 
 
 def chunks(lengths: list[int], seed: int) -> list[list[Request]]:
     """Steps that bring all requests to their lengths, ragged and irregular, on the same pages."""
     chance, done, steps = random.Random(seed), [0] * len(lengths), []
     while done != lengths:
-        new = [min(chance.choice([0, 1, 1, 2, 3, 5, 7, 121, 130]), length - n) for n, length in zip(done, lengths)]
+        new = [
+            min(chance.choice([0, 1, 1, 2, 3, 5, 7, 121, 130]), length - n)
+            for n, length in zip(done, lengths)
+        ]
         steps.append([Request(n, count) for n, count in zip(done, new)])
         done = [n + count for n, count in zip(done, new)]
     return steps
@@ -111,7 +131,8 @@ def test_one_chunk(ratio, dim):
 
 @KINDS
 def test_a_shared_page_carries_its_own_overlap(ratio, dim):
-    """A request that starts after another's page of 256 finds the last four tokens of that page in the page's ring."""
+    """A request that starts after another's page of 256 finds the last four tokens of that page in
+    the page's ring."""
     history = History([256 + 40, 256 + 20], ratio, dim)
     history.projected[1][:256] = history.projected[0][:256]
     whole = Tables([Request(0, 296), Request(256, 20, shared=1)])
@@ -130,7 +151,9 @@ def test_rotated_index_keys():
     history.step(tables, history.make_ring(tables), cache, rotate=True)
     for w in range(10):
         got = cache.load(torch.tensor([tables.full(0, 4 * w) // 4]))[0].double().numpy()
-        np.testing.assert_allclose(got, history.entry(0, w) @ hadamard(128) / math.sqrt(128), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(
+            got, history.entry(0, w) @ hadamard(128) / math.sqrt(128), rtol=0, atol=1e-4
+        )
 
 
 def test_pooled_entry_is_rounded_before_the_norm():
@@ -142,14 +165,15 @@ def test_pooled_entry_is_rounded_before_the_norm():
     slot = torch.tensor([tables.full(0, 0) // 128])
     exact, rounded = (cache.load(slot) for cache in caches)
     assert torch.equal(rounded, rounded.bfloat16().float()) and not torch.equal(exact, rounded)
-    torch.testing.assert_close(rounded, exact, rtol=2**-6, atol=2**-6)  # three bf16 roundings: pool, norm, RoPE
+    # three bf16 roundings: pool, norm, RoPE
+    torch.testing.assert_close(rounded, exact, rtol=2**-6, atol=2**-6)
 
 
 @KINDS
 @pytest.mark.parametrize("scale", [0.0, 200.0])
 def test_extreme_scores(ratio, dim, scale):
     history = History([ratio * 2], ratio, dim)
-    history.projected[0][:, history.width:] *= scale
+    history.projected[0][:, history.width :] *= scale
     tables = Tables([Request(0, ratio * 2)])
     cache = history.make_cache(tables.pages)
     history.step(tables, history.make_ring(tables), cache)
@@ -160,7 +184,7 @@ def test_extreme_scores(ratio, dim, scale):
 def test_window_without_any_score_gives_zero(ratio, dim):
     """Empty state is k = 0, score = -inf; nothing but that in a window must give 0, not NaN."""
     history = History([ratio * 2], ratio, dim)
-    history.projected[0][:, history.width:] = float("-inf")
+    history.projected[0][:, history.width :] = float("-inf")
     tables = Tables([Request(0, ratio * 2)])
     cache = history.make_cache(tables.pages)
     cache.values.fill_(7.0)

@@ -17,8 +17,8 @@ def naive(o: torch.Tensor, weight: torch.Tensor, groups: int) -> np.ndarray:
     out = np.zeros((tokens, groups * rank))
     for t in range(tokens):
         for g in range(groups):
-            x = o[t, g * heads // groups:(g + 1) * heads // groups].reshape(-1)
-            out[t, g * rank:(g + 1) * rank] = weight[g * rank:(g + 1) * rank] @ x
+            x = o[t, g * heads // groups : (g + 1) * heads // groups].reshape(-1)
+            out[t, g * rank : (g + 1) * rank] = weight[g * rank : (g + 1) * rank] @ x
     return out
 
 
@@ -35,7 +35,9 @@ def test_packed_weight():
     o = torch.randn(5, 4, 512)
     weight, scale = quantize_weight_fp8(torch.randn(256, 1024))
     got = grouped_output.reference(o, weight, scale, 2)
-    np.testing.assert_allclose(got.double().numpy(), naive(o, dequantize_weight(weight, scale), 2), atol=3e-4)
+    np.testing.assert_allclose(
+        got.double().numpy(), naive(o, dequantize_weight(weight, scale), 2), atol=3e-4
+    )
 
 
 def test_no_rows():

@@ -45,13 +45,17 @@ def assert_close(got, want):
 
 def test_ragged_batch():
     case = Case()
-    assert_close(indexer_logits.reference(case.q, case.weights, case.cache, case.plan), case.expected(case.q))
+    assert_close(
+        indexer_logits.reference(case.q, case.weights, case.cache, case.plan), case.expected(case.q)
+    )
 
 
 def test_blocks_of_queries_change_nothing(monkeypatch):
     case = Case()
     monkeypatch.setattr(MODULE, "_MAX_SCORES", 1)
-    assert_close(indexer_logits.reference(case.q, case.weights, case.cache, case.plan), case.expected(case.q))
+    assert_close(
+        indexer_logits.reference(case.q, case.weights, case.cache, case.plan), case.expected(case.q)
+    )
 
 
 def test_fp8_queries_and_packed_keys():
@@ -59,12 +63,18 @@ def test_fp8_queries_and_packed_keys():
     packed = PackedIndexCache(torch.zeros(case.tables.pages, index_page_bytes(), dtype=torch.uint8))
     packed.store(torch.arange(len(case.cache.values)), case.cache.values)
     case.cache, q = packed, case.q.to(torch.float8_e4m3fn)
-    assert_close(indexer_logits.reference(q, case.weights, packed, case.plan), case.expected(q.float()))
+    assert_close(
+        indexer_logits.reference(q, case.weights, packed, case.plan), case.expected(q.float())
+    )
 
 
 def test_stale_entries_are_not_seen():
     case = Case()
-    seen = {case.tables.full(r, 4 * w) // 4 for r, request in enumerate(REQUESTS) for w in range(request.after // 4)}
+    seen = {
+        case.tables.full(r, 4 * w) // 4
+        for r, request in enumerate(REQUESTS)
+        for w in range(request.after // 4)
+    }
     stale = [slot for slot in range(len(case.cache.values)) if slot not in seen]
     case.cache.values[stale] = float("nan")
     logits = indexer_logits.reference(case.q, case.weights, case.cache, case.plan)

@@ -45,20 +45,30 @@ def test_pre(iterations):
         pre = sigmoid(m[:4] * scale[0] + base[:4]) + EPS
         want_comb = naive_sinkhorn((m[8:] * scale[2] + base[8:]).reshape(4, 4), iterations)
         # fp32 sums of 384 products; Sinkhorn contracts errors.
-        np.testing.assert_allclose(x[t].double().numpy(), sum(pre[j] * h[t, j] for j in range(4)), atol=3e-6)
-        np.testing.assert_allclose(post[t].double().numpy(), 2 * sigmoid(m[4:8] * scale[1] + base[4:8]), atol=2e-6)
+        np.testing.assert_allclose(
+            x[t].double().numpy(), sum(pre[j] * h[t, j] for j in range(4)), atol=3e-6
+        )
+        np.testing.assert_allclose(
+            post[t].double().numpy(), 2 * sigmoid(m[4:8] * scale[1] + base[4:8]), atol=2e-6
+        )
         np.testing.assert_allclose(comb[t].double().numpy(), want_comb, atol=2e-6)
 
 
 def test_post_sums_over_the_first_index():
-    y, streams, post, comb = torch.randn(3, D), torch.randn(3, N, D), torch.rand(3, N), torch.rand(3, N, N)
+    y, streams, post, comb = (
+        torch.randn(3, D),
+        torch.randn(3, N, D),
+        torch.rand(3, N),
+        torch.rand(3, N, N),
+    )
     got = mhc_post.reference(y, streams, post, comb)
     for t in range(3):
         for k in range(N):
             want = post[t, k].double() * y[t].double()
             for j in range(N):
                 want = want + comb[t, j, k].double() * streams[t, j].double()
-            torch.testing.assert_close(got[t, k].double(), want, rtol=0, atol=2e-6)  # five fp32 terms near 1
+            # five fp32 terms near 1
+            torch.testing.assert_close(got[t, k].double(), want, rtol=0, atol=2e-6)
 
 
 def test_head():
@@ -67,7 +77,9 @@ def test_head():
     h, fn, base, scale = (t.double().numpy() for t in (streams, fn, base, scale))
     for t in range(5):
         pre = sigmoid(mixes(h[t], fn) * scale[0] + base) + EPS
-        np.testing.assert_allclose(got[t].double().numpy(), sum(pre[j] * h[t, j] for j in range(4)), atol=3e-6)
+        np.testing.assert_allclose(
+            got[t].double().numpy(), sum(pre[j] * h[t, j] for j in range(4)), atol=3e-6
+        )
 
 
 @pytest.mark.parametrize("spread, rows", [(0.1, 1e-5), (1.0, 1e-3)])

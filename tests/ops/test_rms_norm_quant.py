@@ -14,7 +14,9 @@ from dsv4_plugin.ops.rms_norm_quant import rms_norm
 
 
 def naive(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    return np.stack([row * weight / math.sqrt(np.mean(row * row) + eps) for row in x]) if len(x) else x
+    return (
+        np.stack([row * weight / math.sqrt(np.mean(row * row) + eps) for row in x]) if len(x) else x
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4, 0.0])
@@ -22,8 +24,12 @@ def test_float64(scale):
     x, weight = torch.randn(9, 384) * scale, torch.randn(384)
     got = rms_norm(x, weight, 1e-6)
     # A mean of 384 squares, a root and two products in fp32.
-    np.testing.assert_allclose(got.double().numpy(), naive(x.double().numpy(), weight.double().numpy(), 1e-6),
-                               rtol=2e-6, atol=1e-30)
+    np.testing.assert_allclose(
+        got.double().numpy(),
+        naive(x.double().numpy(), weight.double().numpy(), 1e-6),
+        rtol=2e-6,
+        atol=1e-30,
+    )
 
 
 def test_without_weight_and_in_bf16():
@@ -31,7 +37,8 @@ def test_without_weight_and_in_bf16():
     want = naive(x.double().flatten(0, 1).numpy(), np.ones(512), 1e-6)
     got = rms_norm(x, None, 1e-6)
     assert got.dtype == torch.bfloat16
-    # Statistics are fp32 whatever the input, so only the result is rounded to bf16: half a unit of 2^-8.
+    # Statistics are fp32 whatever the input, so only the result is rounded to bf16: half a unit of
+    # 2^-8.
     np.testing.assert_allclose(got.double().flatten(0, 1).numpy(), want, rtol=2**-8)
 
 
@@ -43,11 +50,14 @@ def test_fp8_of_the_normed_rows(dtype):
     assert torch.equal(y, rms_norm(x, weight, 1e-6))
     for row in range(5):
         for block in range(4):
-            part = y[row, block * 128:(block + 1) * 128].float().numpy()
+            part = y[row, block * 128 : (block + 1) * 128].float().numpy()
             want = 2.0 ** math.ceil(math.log2(max(float(np.abs(part).max()), 1e-4) / 448))
             assert scale[row, block] == want
             codes = (part / np.float32(want)).astype(ml_dtypes.float8_e4m3fn)
-            assert np.array_equal(values[row, block * 128:(block + 1) * 128].view(torch.uint8).numpy(), codes.view(np.uint8))
+            assert np.array_equal(
+                values[row, block * 128 : (block + 1) * 128].view(torch.uint8).numpy(),
+                codes.view(np.uint8),
+            )
 
 
 def test_no_rows():

@@ -35,7 +35,11 @@ def yarn_frequencies(config: dict) -> list[float]:
 @pytest.mark.parametrize("ratio", [0, 4, 128])
 def test_frequencies_of_released_models(released_config, ratio):
     got = inverse_frequencies(Geometry.from_config(released_config), ratio)
-    want = yarn_frequencies(released_config) if ratio else [released_config["rope_theta"] ** (-2 * i / 64) for i in range(32)]
+    want = (
+        yarn_frequencies(released_config)
+        if ratio
+        else [released_config["rope_theta"] ** (-2 * i / 64) for i in range(32)]
+    )
     # A power and two products in fp32, each within a few units of 2^-24.
     np.testing.assert_allclose(got.double().numpy(), want, rtol=5e-7)
 
@@ -45,9 +49,11 @@ def test_rotation_is_the_unit_circle_at_fp32_angles(released_config):
     cos, sin = rotation(torch.tensor(POSITIONS), frequencies)
     for row, position in enumerate(POSITIONS):
         for i, frequency in enumerate(frequencies.numpy()):
-            angle = float(np.float32(position) * frequency)  # the angle itself is rounded to fp32, as everywhere else
+            # the angle itself is rounded to fp32, as everywhere else
+            angle = float(np.float32(position) * frequency)
             want = cmath.exp(1j * angle)
-            assert abs(complex(cos[row, i], sin[row, i]) - want) < 2e-7  # one rounding of each part, 2^-24 of 1
+            # one rounding of each part, 2^-24 of 1
+            assert abs(complex(cos[row, i], sin[row, i]) - want) < 2e-7
 
 
 @pytest.mark.parametrize("shape", [(5, 512), (5, 3, 512), (5, 2, 128), (0, 3, 512)])
@@ -57,11 +63,15 @@ def test_pairs_are_complex_numbers(shape, inverse):
     angle = torch.rand(shape[0], 32) * 7
     got = apply_rope(x, angle.cos(), angle.sin(), inverse)
     pairs = torch.view_as_complex(x[..., -64:].double().unflatten(-1, (32, 2)).contiguous())
-    turn = torch.polar(torch.ones(shape[0], 32, dtype=torch.float64), angle.double() * (-1 if inverse else 1))
+    turn = torch.polar(
+        torch.ones(shape[0], 32, dtype=torch.float64), angle.double() * (-1 if inverse else 1)
+    )
     want = pairs * turn.view(shape[0], *[1] * (len(shape) - 2), 32)
     assert torch.equal(got[..., :-64], x[..., :-64])
     # Two fp32 products and a sum of values below 5.
-    torch.testing.assert_close(got[..., -64:].double(), torch.view_as_real(want).flatten(-2), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        got[..., -64:].double(), torch.view_as_real(want).flatten(-2), rtol=0, atol=2e-6
+    )
 
 
 def test_bf16_is_rounded_once():

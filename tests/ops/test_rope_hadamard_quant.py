@@ -1,4 +1,5 @@
-"""Indexer queries against scipy's Hadamard matrix and tables of the formats (docs/model.md §3.4, §6)."""
+"""Indexer queries against scipy's Hadamard matrix and tables of the formats (docs/model.md §3.4,
+§6)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ def turned(q: torch.Tensor, angle: torch.Tensor) -> np.ndarray:
     """float64 [T, n, 128]: RoPE on the last 64 dimensions, then the Hadamard rotation."""
     pairs = torch.view_as_complex(q[..., 64:].double().unflatten(-1, (32, 2)).contiguous())
     pairs = pairs * torch.polar(torch.ones_like(angle.double()), angle.double()).unsqueeze(1)
-    return torch.cat((q[..., :64].double(), torch.view_as_real(pairs).flatten(-2)), -1).numpy() @ MATRIX
+    return (
+        torch.cat((q[..., :64].double(), torch.view_as_real(pairs).flatten(-2)), -1).numpy()
+        @ MATRIX
+    )
 
 
 def inputs(tokens: int = 5, dtype=torch.float32):
@@ -29,17 +33,20 @@ def inputs(tokens: int = 5, dtype=torch.float32):
 def test_rotation_alone():
     q, weights, angle = inputs()
     got, same = rope_hadamard_quant.reference(q, weights, angle.cos(), angle.sin(), "none")
-    np.testing.assert_allclose(got.double().numpy(), turned(q, angle), atol=3e-6)  # fp32 sums of 128 terms up to 5
+    # fp32 sums of 128 terms up to 5
+    np.testing.assert_allclose(got.double().numpy(), turned(q, angle), atol=3e-6)
     assert torch.equal(same, weights)
 
 
 def test_rotation_cancels_in_scores():
-    """Without rounding, q·k is what it was: the rotation only spreads the values for the quantiser."""
+    """Without rounding, q·k is what it was: the rotation only spreads the values for the
+    quantiser."""
     q, weights, _ = inputs()
     still = torch.zeros(5, 32)
     rotated, _ = rope_hadamard_quant.reference(q, weights, still.cos(), still.sin(), "none")
     want = q[:, 0] @ q[:, 1].T
-    torch.testing.assert_close(rotated[:, 0] @ rotated[:, 1].T, want, rtol=0, atol=1e-4)  # sums of 128 terms near 1
+    # sums of 128 terms near 1
+    torch.testing.assert_close(rotated[:, 0] @ rotated[:, 1].T, want, rtol=0, atol=1e-4)
 
 
 def test_fp4():
@@ -77,5 +84,7 @@ def test_no_rows(rounding):
 @pytest.mark.parametrize("rounding", ["none", "fp4", "fp8"])
 def test_zero_query(rounding):
     angle = torch.zeros(1, 32)
-    got, scaled = rope_hadamard_quant.reference(torch.zeros(1, 4, 128), torch.ones(1, 4), angle.cos(), angle.sin(), rounding)
+    got, scaled = rope_hadamard_quant.reference(
+        torch.zeros(1, 4, 128), torch.ones(1, 4), angle.cos(), angle.sin(), rounding
+    )
     assert not got.float().any() and scaled.isfinite().all()

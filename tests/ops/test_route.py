@@ -21,7 +21,8 @@ def score(logit: float) -> float:
 
 
 def inputs(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x, gate) whose router logits are `logits` [T, E] to the last bit: x picks columns of the gate."""
+    """(x, gate) whose router logits are `logits` [T, E] to the last bit: x picks columns of the
+    gate."""
     return torch.eye(logits.shape[0]), logits.T.contiguous()
 
 
@@ -51,7 +52,9 @@ def test_hash():
     assert torch.equal(experts, tid2eid[ids]) and experts.dtype == torch.int64
     for row in range(40):
         scores = [score(logits[row, e].item()) for e in experts[row].tolist()]
-        assert weights[row].tolist() == pytest.approx([s / sum(scores) * SCALING for s in scores], rel=2e-6)
+        assert weights[row].tolist() == pytest.approx(
+            [s / sum(scores) * SCALING for s in scores], rel=2e-6
+        )
 
 
 def test_ties_go_to_the_lowest_expert():
@@ -62,7 +65,8 @@ def test_ties_go_to_the_lowest_expert():
         assert experts[row].tolist() == ranked
 
 
-# softplus computed as log(1 + e^x) is 0 in fp32 from -16.64 on, and the quotient 0/0; log1p lasts to e^-104.
+# softplus computed as log(1 + e^x) is 0 in fp32 from -16.64 on, and the quotient 0/0; log1p lasts
+# to e^-104.
 @pytest.mark.parametrize("level", [-16.64, -17.0, -20.0, -87.0, -103.0, -104.5, -1e3, -1e4, -3e38])
 @pytest.mark.parametrize("hashed", [False, True])
 def test_all_chosen_logits_far_below_zero(level, hashed):
@@ -81,7 +85,8 @@ def test_all_chosen_logits_far_below_zero(level, hashed):
 def test_weights_sum_to_the_scaling_factor(values):
     weights, experts = run(torch.tensor([values]), torch.zeros(8))
     assert weights.isfinite().all() and (weights >= 0).all()
-    assert weights.sum().item() == pytest.approx(SCALING, rel=1e-5)  # six fp32 quotients; denormal scores lose bits
+    # six fp32 quotients; denormal scores lose bits
+    assert weights.sum().item() == pytest.approx(SCALING, rel=1e-5)
     assert len(set(experts[0].tolist())) == TOPK
 
 
@@ -99,7 +104,11 @@ def test_bf16_inputs_are_scored_in_fp32():
     ids = torch.zeros(9, dtype=torch.int64)
     weights, experts = route.reference(x, gate, bias, None, ids, TOPK, SCALING)
     want = route.reference(x.float(), gate.float(), bias, None, ids, TOPK, SCALING)
-    assert weights.dtype == torch.float32 and torch.equal(weights, want[0]) and torch.equal(experts, want[1])
+    assert (
+        weights.dtype == torch.float32
+        and torch.equal(weights, want[0])
+        and torch.equal(experts, want[1])
+    )
 
 
 def test_no_rows():

@@ -15,7 +15,9 @@ def test_lowest_id_among_the_largest():
 
 def test_one_largest():
     logits = torch.randn(20, 64)
-    assert sample_greedy.reference(logits).tolist() == [row.index(max(row)) for row in logits.tolist()]
+    assert sample_greedy.reference(logits).tolist() == [
+        row.index(max(row)) for row in logits.tolist()
+    ]
 
 
 def test_no_rows():

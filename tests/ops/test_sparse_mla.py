@@ -1,5 +1,5 @@
-"""Attention with a sink over gathered latents, one query and head at a time in float64, and complex numbers turned back
-(docs/model.md §3.2)."""
+"""Attention with a sink over gathered latents, one query and head at a time in float64, and complex
+numbers turned back (docs/model.md §3.2)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from dsv4_plugin.cache import DenseLatentCache, PackedLatentCache, entries_per_page, latent_page_bytes
+from dsv4_plugin.cache import (
+    DenseLatentCache,
+    PackedLatentCache,
+    entries_per_page,
+    latent_page_bytes,
+)
 from dsv4_plugin.ops import sparse_mla
 
 # `ops.sparse_mla` is the operator, which hides the module of the same name.
@@ -57,15 +62,27 @@ class Case:
         return slots.masked_fill(torch.rand(tokens, count) < 0.4, -1)
 
     def run(self) -> torch.Tensor:
-        return sparse_mla.reference(self.q, self.caches[0], self.window, self.caches[1], self.compressed, self.sink, SCALE,
-                                    self.angle.cos(), self.angle.sin())
+        return sparse_mla.reference(
+            self.q,
+            self.caches[0],
+            self.window,
+            self.caches[1],
+            self.compressed,
+            self.sink,
+            SCALE,
+            self.angle.cos(),
+            self.angle.sin(),
+        )
 
     def attention(self) -> np.ndarray:
         """The output as the values' own rotation left it."""
         out = np.zeros(self.q.shape)
         for t in range(self.q.shape[0]):
-            keys = [cache.load(slots[t][slots[t] >= 0]) for cache, slots in
-                    zip(self.caches, (self.window, self.compressed)) if slots is not None]
+            keys = [
+                cache.load(slots[t][slots[t] >= 0])
+                for cache, slots in zip(self.caches, (self.window, self.compressed))
+                if slots is not None
+            ]
             keys = torch.cat(keys).double().numpy()
             for head in range(self.q.shape[1]):
                 out[t, head] = naive(self.q[t, head].double().numpy(), keys, self.sink[head].item())
@@ -95,7 +112,8 @@ def test_no_compressed_entries():
 @pytest.mark.parametrize("sink", [-1e4, -50.0, 0.0, 50.0, 1e4])
 @pytest.mark.parametrize("size", [1.0, 1e4])
 def test_large_logits_and_sinks(sink, size):
-    """Logits to ±1e4 and beyond: e^x overflows fp32 from 88 on. An error of 2^-24 of a logit moves its weight by as much."""
+    """Logits to ±1e4 and beyond: e^x overflows fp32 from 88 on. An error of 2^-24 of a logit moves
+    its weight by as much."""
     case = Case(4, size=size)
     case.sink.fill_(sink)
     logits = (case.q[:, 0] @ case.caches[0].values[1:].T * SCALE).abs().max().item()
@@ -131,21 +149,24 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
     case = Case(7)
     whole = case.run()
     monkeypatch.setattr(MODULE, "_MAX_GATHERED", 1)
-    torch.testing.assert_close(case.run(), whole, rtol=0, atol=1e-6)  # other GEMM shapes, other order of sums
+    # other GEMM shapes, other order of sums
+    torch.testing.assert_close(case.run(), whole, rtol=0, atol=1e-6)
 
 
 def test_packed_caches_and_bf16_queries():
     case = Case(5)
-    pages = [PackedLatentCache(torch.zeros(count, latent_page_bytes(slots), dtype=torch.uint8), slots)
-             for count, slots in ((2, 256), (2, entries_per_page(4)))]
+    pages = [
+        PackedLatentCache(torch.zeros(count, latent_page_bytes(slots), dtype=torch.uint8), slots)
+        for count, slots in ((2, 256), (2, entries_per_page(4)))
+    ]
     for page, cache in zip(pages, case.caches):
         page.store(torch.arange(1, len(cache.values)), cache.values[1:])
     case.caches = tuple(pages)
     case.q = case.q.bfloat16()
     got = case.run()
     assert got.dtype == torch.bfloat16
-    # All arithmetic is fp32; attention is rounded to bf16, by up to 2^-8 of a value, so of a pair's length, and pairs once more
-    # after the rotation, which keeps lengths.
+    # All arithmetic is fp32; attention is rounded to bf16, by up to 2^-8 of a value, so of a pair's
+    # length, and pairs once more after the rotation, which keeps lengths.
     got, want = got.double().numpy(), case.expected()
     np.testing.assert_allclose(got[..., :448], want[..., :448], rtol=2**-8, atol=2e-6)
     assert (abs(pairs(got) - pairs(want)) <= 2.01 * 2**-8 * abs(pairs(want)) + 4e-6).all()

@@ -13,8 +13,37 @@ from dsv4_plugin.ops import build_step_plan
 
 from .tables import PAGE, Request, Tables
 
-BORDERS = (0, 1, 2, 3, 4, 5, 7, 8, 124, 126, 127, 128, 129, 131, 132, 251, 252, 253, 255, 256, 257, 259, 260, 383, 384,
-           511, 512, 516, 640)
+BORDERS = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    124,
+    126,
+    127,
+    128,
+    129,
+    131,
+    132,
+    251,
+    252,
+    253,
+    255,
+    256,
+    257,
+    259,
+    260,
+    383,
+    384,
+    511,
+    512,
+    516,
+    640,
+)
 lengths = st.one_of(st.sampled_from(BORDERS), st.integers(0, 700))
 RINGS = ({4: 8, 128: 128}, {4: 16, 128: 256})  # the second as the host sizes them for speculation
 
@@ -38,8 +67,13 @@ class Answers:
 
     def window(self) -> list[list[int]]:
         """The 128 positions up to the row's own; what was given back cannot be attended to."""
-        return [[self.tables.window(request, p) or -1 if p >= 0 else -1 for p in range(position - 127, position + 1)]
-                for request, position in self.rows]
+        return [
+            [
+                self.tables.window(request, p) or -1 if p >= 0 else -1
+                for p in range(position - 127, position + 1)
+            ]
+            for request, position in self.rows
+        ]
 
     def ring_row(self, ratio: int, request: int, position: int) -> int:
         ring = self.rings[ratio]
@@ -92,7 +126,9 @@ def check(requests: list[Request], seed: int, rings: dict[int, int]) -> None:
         for index, request in enumerate(requests):
             entries = request.after // ratio
             # All tokens of a window lie in one slot of the compressed cache.
-            assert slots[index][:entries] == [tables.full(index, ratio * w) // ratio for w in range(entries)]
+            assert slots[index][:entries] == [
+                tables.full(index, ratio * w) // ratio for w in range(entries)
+            ]
         check_compression(plan.compression[ratio], answers)
     for (request, p), seen in zip(answers.rows, plan.dense_slots.tolist()):
         want = [tables.full(request, 128 * w) // 128 for w in range((p + 1) // 128)]
@@ -130,7 +166,8 @@ def test_pages_given_back_are_not_attended_to():
     tables = Tables([Request(1000, 3)])
     assert tables.window(0, 0) == 0 and tables.window(0, 999) > 0
     plan = build_step_plan.reference(**tables.arguments())
-    assert (plan.window > 0).all() and plan.page_table.min() > 0  # compressed entries outlive the window
+    # compressed entries outlive the window
+    assert (plan.window > 0).all() and plan.page_table.min() > 0
     check([Request(1000, 3)], 0, RINGS[0])
 
 
@@ -166,20 +203,36 @@ def test_no_requests_and_no_rows():
 
 
 def test_phase():
-    assert build_step_plan.reference(**Tables([Request(5, 1), Request(0, 1)]).arguments()).phase == "decode"
-    assert build_step_plan.reference(**Tables([Request(5, 1), Request(0, 2)]).arguments()).phase == "prefill"
+    assert (
+        build_step_plan.reference(**Tables([Request(5, 1), Request(0, 1)]).arguments()).phase
+        == "decode"
+    )
+    assert (
+        build_step_plan.reference(**Tables([Request(5, 1), Request(0, 2)]).arguments()).phase
+        == "prefill"
+    )
 
 
 def test_slots_do_not_wrap_at_32_bits():
-    """Slot 2^31 - 256 of a table of int32, and byte offsets far over 2 GiB: all arithmetic is 64-bit."""
+    """Slot 2^31 - 256 of a table of int32, and byte offsets far over 2 GiB: all arithmetic is
+    64-bit."""
     page = 2**31 // PAGE - 1
     table = torch.arange(page * PAGE, (page + 1) * PAGE).to(torch.int32).unsqueeze(0)
     window = 2**33
-    mapping = torch.tensor([window + 251, window + 255]).as_strided((2**31,), (0,))  # every slot maps to one value
+    # every slot maps to one value
+    mapping = torch.tensor([window + 251, window + 255]).as_strided((2**31,), (0,))
     plan = build_step_plan.reference(
-        position=torch.tensor([255]), request=torch.tensor([0]), out_slot=table[0, 255:].to(torch.int64),
-        prefix_lens=torch.tensor([255]), seq_lens=torch.tensor([256]), slot_table=table, slot_row=torch.tensor([0]),
-        full_to_window=mapping, max_queries=1, max_seq_len=256)
+        position=torch.tensor([255]),
+        request=torch.tensor([0]),
+        out_slot=table[0, 255:].to(torch.int64),
+        prefix_lens=torch.tensor([255]),
+        seq_lens=torch.tensor([256]),
+        slot_table=table,
+        slot_row=torch.tensor([0]),
+        full_to_window=mapping,
+        max_queries=1,
+        max_seq_len=256,
+    )
     assert plan.page_table.tolist() == [[page]]
     assert plan.window_write.tolist() == [window + 251] and (plan.window == window + 251).all()
     assert plan.compression[4].slots.tolist() == [(2**31 - 1) // 4]
@@ -192,5 +245,9 @@ def test_slots_do_not_wrap_at_32_bits():
 def test_slot_arithmetic_beyond_32_bits(slot):
     slots = torch.tensor([slot])
     assert window_ring_row(slots, 8).tolist() == [slot // 256 * 8 + slot % 8]
-    assert request_ring_row(torch.tensor([2**25]), torch.tensor([130]), 128).tolist() == [2**25 * 128 + 2]
-    assert entry_slots(torch.tensor([[slot]]), torch.tensor([[63]]), 4).tolist() == [[slot * 64 + 63]]
+    assert request_ring_row(torch.tensor([2**25]), torch.tensor([130]), 128).tolist() == [
+        2**25 * 128 + 2
+    ]
+    assert entry_slots(torch.tensor([[slot]]), torch.tensor([[63]]), 4).tolist() == [
+        [slot * 64 + 63]
+    ]

@@ -34,9 +34,15 @@ def test_distinct_logits(topk):
 def test_ties_go_to_the_lowest_entries(data):
     entries, topk = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 20))
     rows = data.draw(st.integers(0, 4))
-    values = st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, -1e30, 1e30]), min_size=entries, max_size=entries)
+    values = st.lists(
+        st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, -1e30, 1e30]),
+        min_size=entries,
+        max_size=entries,
+    )
     logits = torch.tensor([data.draw(values) for _ in range(rows)]).view(rows, entries)
-    visible = torch.tensor([data.draw(st.integers(0, entries)) for _ in range(rows)], dtype=torch.int64)
+    visible = torch.tensor(
+        [data.draw(st.integers(0, entries)) for _ in range(rows)], dtype=torch.int64
+    )
     check(logits, visible, topk)
 
 
@@ -54,6 +60,12 @@ def test_what_a_row_does_not_see_cannot_win(stale):
 
 
 def test_no_rows_and_no_entries():
-    assert topk_select.reference(torch.empty(0, 40), torch.empty(0, dtype=torch.int64), 16).shape == (0, 16)
-    assert topk_select.reference(torch.empty(0, 0), torch.empty(0, dtype=torch.int64), 16).shape == (0, 0)
-    assert topk_select.reference(torch.empty(5, 0), torch.zeros(5, dtype=torch.int64), 16).shape == (5, 0)
+    assert topk_select.reference(
+        torch.empty(0, 40), torch.empty(0, dtype=torch.int64), 16
+    ).shape == (0, 16)
+    assert topk_select.reference(
+        torch.empty(0, 0), torch.empty(0, dtype=torch.int64), 16
+    ).shape == (0, 0)
+    assert topk_select.reference(
+        torch.empty(5, 0), torch.zeros(5, dtype=torch.int64), 16
+    ).shape == (5, 0)

@@ -11,15 +11,34 @@ from torch.overrides import TorchFunctionMode
 class RowsAlike(TorchFunctionMode):
     """Sums and elementary functions in float64, rounded to the dtype of their input.
 
-    A matrix product sums in another order for another number of rows, and vectorised functions treat the last few
-    values of a tensor differently: the last bit of a row depends on its neighbours, and one such bit can flip a
-    rounding or a selection. In float64 those differences are 1e-16, so that two ways to compute the same rows agree to
-    the bit in every precision, and tests of chunks and batches need no allowance for flips.
+    A matrix product sums in another order for another number of rows, and vectorised functions
+    treat the last few values of a tensor differently: the last bit of a row depends on its
+    neighbours, and one such bit can flip a rounding or a selection. In float64 those differences
+    are 1e-16, so that two ways to compute the same rows agree to the bit in every precision, and
+    tests of chunks and batches need no allowance for flips.
     """
 
-    ROUNDED = frozenset((F.linear, F.silu, F.softplus, torch.einsum, torch.matmul, torch.sigmoid, torch.rsqrt,
-                         torch.addcmul, torch.rms_norm, Tensor.matmul, Tensor.__matmul__, Tensor.softmax, Tensor.mean,
-                         Tensor.sum, Tensor.cos, Tensor.sin, Tensor.exp))
+    ROUNDED = frozenset(
+        (
+            F.linear,
+            F.silu,
+            F.softplus,
+            torch.einsum,
+            torch.matmul,
+            torch.sigmoid,
+            torch.rsqrt,
+            torch.addcmul,
+            torch.rms_norm,
+            Tensor.matmul,
+            Tensor.__matmul__,
+            Tensor.softmax,
+            Tensor.mean,
+            Tensor.sum,
+            Tensor.cos,
+            Tensor.sin,
+            Tensor.exp,
+        )
+    )
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -29,4 +48,6 @@ class RowsAlike(TorchFunctionMode):
         if func not in self.ROUNDED or not first.is_floating_point():
             return func(*args, **kwargs)
         wide = [a.double() if isinstance(a, Tensor) else a for a in args]
-        return func(*wide, **{k: v.double() if isinstance(v, Tensor) else v for k, v in kwargs.items()}).to(first.dtype)
+        return func(
+            *wide, **{k: v.double() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        ).to(first.dtype)

@@ -10,7 +10,16 @@ import torch
 
 from dsv4_plugin.runtime import Engine
 
-from .golden import EXACT_MAX, EXACT_MEAN, OFFICIAL_MEAN, OFFICIAL_MEDIAN, SERVING_MEAN, differences, ids, show
+from .golden import (
+    EXACT_MAX,
+    EXACT_MEAN,
+    OFFICIAL_MEAN,
+    OFFICIAL_MEDIAN,
+    SERVING_MEAN,
+    differences,
+    ids,
+    show,
+)
 
 SEQUENCES = (0, 1, 2)
 
@@ -37,7 +46,11 @@ def test_exact_logits(golden, scores, k):
 
 
 @pytest.mark.parametrize("k", SEQUENCES)
-@pytest.mark.parametrize("chunks", [None, [100] * 7, [1, 3, 124, 1, 127, *[9] * 60]], ids=["one", "hundreds", "irregular"])
+@pytest.mark.parametrize(
+    "chunks",
+    [None, [100] * 7, [1, 3, 124, 1, 127, *[9] * 60]],
+    ids=["one", "hundreds", "irregular"],
+)
 def test_exact_mtp_logits(golden, golden_model, k, chunks):
     logits = Engine(golden_model("exact"), page_seed=k).score_draft(ids(golden, k), chunks)
     d = differences(golden, k, logits, "mtp_logits")
@@ -46,14 +59,18 @@ def test_exact_mtp_logits(golden, golden_model, k, chunks):
 
 
 def last_streams_and_index_sets(golden, model, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Streams [4, d] after the backbone at the last position, and the entries [layers, topk] chosen there."""
+    """Streams [4, d] after the backbone at the last position, and the entries [layers, topk] chosen
+    there."""
     sets = torch.full((model.geometry.num_hidden_layers, model.geometry.index_topk), -1)
 
     def keep(layer: int, chosen: torch.Tensor) -> None:
         sets[layer] = chosen[-1]
 
-    hooks = [layer.attn.indexer.register_forward_hook(lambda _, __, chosen, i=i: keep(i, chosen))
-             for i, layer in enumerate(model.layers) if layer.ratio == 4]
+    hooks = [
+        layer.attn.indexer.register_forward_hook(lambda _, __, chosen, i=i: keep(i, chosen))
+        for i, layer in enumerate(model.layers)
+        if layer.ratio == 4
+    ]
     engine = Engine(model)
     try:
         return engine.forward([(engine.open(), ids(golden, k))])[-1], sets
@@ -74,11 +91,17 @@ def test_exact_streams(golden, golden_model, k):
 
 
 def test_official_index_sets(golden, golden_model):
-    """FP4 makes scores coarse, and a flipped rounding upstream moves them: nearly all entries are the same."""
+    """FP4 makes scores coarse, and a flipped rounding upstream moves them: nearly all entries are
+    the same."""
     _, sets = last_streams_and_index_sets(golden, golden_model("official"), 0)
-    shared = [len(set(got) & set(want)) for got, want in zip(sets[[2, 4]].tolist(),
-                                                             golden["index_sets_sim_0"][[2, 4]].tolist())]
-    exact = [len(set(got) & set(want)) for got, want in zip(sets[[2, 4]].tolist(), golden["index_sets_0"][[2, 4]].tolist())]
+    shared = [
+        len(set(got) & set(want))
+        for got, want in zip(sets[[2, 4]].tolist(), golden["index_sets_sim_0"][[2, 4]].tolist())
+    ]
+    exact = [
+        len(set(got) & set(want))
+        for got, want in zip(sets[[2, 4]].tolist(), golden["index_sets_0"][[2, 4]].tolist())
+    ]
     print(f"official: {shared} of 16 entries as simulated, {exact} as exact")
     assert min(shared) >= 15
 
@@ -92,33 +115,50 @@ def test_official_logits(golden, scores):
 
 @pytest.mark.parametrize("k", SEQUENCES)
 def test_serving_logits(golden, scores, k):
-    """bf16 activations and an FP8 cache: the README's bf16 + simulated cache is at mean 0.127 from exact."""
+    """bf16 activations and an FP8 cache: the README's bf16 + simulated cache is at mean 0.127 from
+    exact."""
     d = differences(golden, k, scores("serving")[k], "logits")
     show(f"serving against exact, sequence {k}", d)
     assert d.mean() <= 0.20
 
 
 def test_distances_between_precisions(golden, scores):
-    """The distances are those that the README finds for such roundings; no precision is another by a new name."""
+    """The distances are those that the README finds for such roundings; no precision is another by
+    a new name."""
+
     def distance(precision: str, name: str) -> torch.Tensor:
         d = torch.cat([differences(golden, k, scores(precision)[k], name) for k in SEQUENCES])
         show(f"{precision} against {name}, all sequences", d)
         return d.median()
 
-    exact, official, serving = (distance(precision, "logits") for precision in ("exact", "official", "serving"))
-    # README: simulated against exact has a median of 9.67e-2, bf16 with a simulated cache 9.61e-2, ours must be near.
+    exact, official, serving = (
+        distance(precision, "logits") for precision in ("exact", "official", "serving")
+    )
+    # README: simulated against exact has a median of 9.67e-2, bf16 with a simulated cache 9.61e-2,
+    # ours must be near.
     assert exact < 1e-5 and 0.05 < official < 0.15 and 0.05 < serving < 0.15
-    # Rounding activations to bf16 takes serving away from the simulated answers too (README: median 7.65e-2).
+    # Rounding activations to bf16 takes serving away from the simulated answers too (README: median
+    # 7.65e-2).
     assert 0.04 < distance("serving", "logits_sim") < 0.12
 
 
-@pytest.mark.parametrize("precision, mean", [("exact", EXACT_MEAN), ("official", OFFICIAL_MEAN), ("serving", SERVING_MEAN)])
+@pytest.mark.parametrize(
+    "precision, mean",
+    [("exact", EXACT_MEAN), ("official", OFFICIAL_MEAN), ("serving", SERVING_MEAN)],
+)
 def test_chunks_in_plain_arithmetic(golden, golden_model, scores, precision, mean):
-    """Other GEMM shapes give other last bits, which flip roundings; test_chunks shows that nothing else differs."""
+    """Other GEMM shapes give other last bits, which flip roundings; test_chunks shows that nothing
+    else differs."""
     whole = scores(precision)[1]
     for name, chunks in (("chunks", [5, 1, 122, 1, 127, 3, 74]), ("decode", [1] * 140)):
-        got = Engine(golden_model(precision), page_seed=1).score(ids(golden, 1)[:sum(chunks)], chunks)
-        following = golden["input_ids_1"][1:len(got)].unsqueeze(-1)
-        d = (got.log_softmax(-1) - whole[:len(got)].log_softmax(-1))[:-1].gather(1, following[:len(got) - 1]).abs()
+        got = Engine(golden_model(precision), page_seed=1).score(
+            ids(golden, 1)[: sum(chunks)], chunks
+        )
+        following = golden["input_ids_1"][1 : len(got)].unsqueeze(-1)
+        d = (
+            (got.log_softmax(-1) - whole[: len(got)].log_softmax(-1))[:-1]
+            .gather(1, following[: len(got) - 1])
+            .abs()
+        )
         show(f"{precision}, {name} against one chunk", d)
         assert d.mean() <= mean

@@ -1,7 +1,7 @@
 """Single deliberate mistakes must show against the golden answers: proof that those tests bite.
 
-The golden README lists what such mistakes cost a float64 implementation. Here each is injected into ours, and its
-figure must exceed the tolerance of the golden test by far.
+The golden README lists what such mistakes cost a float64 implementation. Here each is injected into
+ours, and its figure must exceed the tolerance of the golden test by far.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ def mean_difference(golden, model, name: str) -> float:
 
 
 def replace(monkeypatch, module, name: str, **changed) -> None:
-    """Calls of the operator `name` in `module` get arguments changed by functions, by name or place."""
+    """Calls of the operator `name` in `module` get arguments changed by functions, by name or
+    place."""
     run = getattr(module, name).reference
-    names = run.__code__.co_varnames[:run.__code__.co_argcount]
+    names = run.__code__.co_varnames[: run.__code__.co_argcount]
 
     def mistaken(*args, **kwargs):
         arguments = dict(zip(names, args)) | kwargs
@@ -51,7 +52,9 @@ def change_plan(monkeypatch, ratio: int, **changed) -> None:
     def mistaken(*args, **kwargs):
         plan = run(*args, **kwargs)
         part = plan.compression[ratio]
-        part = dataclasses.replace(part, **{name: change(getattr(part, name)) for name, change in changed.items()})
+        part = dataclasses.replace(
+            part, **{name: change(getattr(part, name)) for name, change in changed.items()}
+        )
         return dataclasses.replace(plan, compression={**plan.compression, ratio: part})
 
     monkeypatch.setattr(engine, "build_step_plan", mistaken)
@@ -99,7 +102,9 @@ def plain_rope_in_compressed_layers(patch, model):
 def no_yarn(patch, model):
     theta = model.geometry.compress_rope_theta
     for ratio in (4, 128):
-        patch.setitem(model._buffers, f"frequencies_{ratio}", theta ** -(torch.arange(0, 64, 2) / 64))
+        patch.setitem(
+            model._buffers, f"frequencies_{ratio}", theta ** -(torch.arange(0, 64, 2) / 64)
+        )
 
 
 def entries_rotated_at_their_last_token(patch, model):
@@ -140,15 +145,31 @@ def no_routed_scaling(patch, model):
 
 
 def hash_ignored(patch, model):
-    replace(patch, feed_forward, "route", tid2eid=lambda table: None, bias=lambda bias: 0.0 if bias is None else bias)
+    replace(
+        patch,
+        feed_forward,
+        "route",
+        tid2eid=lambda table: None,
+        bias=lambda bias: 0.0 if bias is None else bias,
+    )
 
 
 def experts_off_by_one(patch, model):
-    replace(patch, feed_forward, "moe", experts=lambda experts: (experts + 1) % model.geometry.n_routed_experts)
+    replace(
+        patch,
+        feed_forward,
+        "moe",
+        experts=lambda experts: (experts + 1) % model.geometry.n_routed_experts,
+    )
 
 
 def groups_swapped(patch, model):
-    replace(patch, attention, "grouped_output", weight=lambda weight: weight.roll(weight.shape[0] // 2, 0))
+    replace(
+        patch,
+        attention,
+        "grouped_output",
+        weight=lambda weight: weight.roll(weight.shape[0] // 2, 0),
+    )
 
 
 def entry_visible_one_token_late(patch, model):
@@ -160,11 +181,28 @@ def index_queries_not_rotated(patch, model):
 
 
 EXACT_MISTAKES = (
-    no_sink, every_entry_selected, first_entries_selected, no_inverse_rope, window_of_127, window_of_129,
-    plain_rope_in_compressed_layers, no_yarn, entries_rotated_at_their_last_token,
-    dense_entries_rotated_at_their_last_token, no_overlap, no_ape, mixing_transposed, one_sinkhorn_iteration, no_clamp,
-    shared_expert_not_clamped, no_routed_scaling, hash_ignored, experts_off_by_one, groups_swapped,
-    entry_visible_one_token_late, index_queries_not_rotated,
+    no_sink,
+    every_entry_selected,
+    first_entries_selected,
+    no_inverse_rope,
+    window_of_127,
+    window_of_129,
+    plain_rope_in_compressed_layers,
+    no_yarn,
+    entries_rotated_at_their_last_token,
+    dense_entries_rotated_at_their_last_token,
+    no_overlap,
+    no_ape,
+    mixing_transposed,
+    one_sinkhorn_iteration,
+    no_clamp,
+    shared_expert_not_clamped,
+    no_routed_scaling,
+    hash_ignored,
+    experts_off_by_one,
+    groups_swapped,
+    entry_visible_one_token_late,
+    index_queries_not_rotated,
 )
 
 
@@ -176,21 +214,39 @@ def test_exact_notices(golden, golden_model, monkeypatch, mistake):
 
 
 def latents_not_rounded(patch):
-    patch.setattr(DenseLatentCache, "store", lambda cache, slots, values: cache.values.__setitem__(slots, values.float()))
+    patch.setattr(
+        DenseLatentCache,
+        "store",
+        lambda cache, slots, values: cache.values.__setitem__(slots, values.float()),
+    )
 
 
 def whole_latent_rounded(patch):
-    patch.setattr(DenseLatentCache, "store",
-                  lambda cache, slots, values: cache.values.__setitem__(slots, round_to_fp8(values.float(), 64)))
+    patch.setattr(
+        DenseLatentCache,
+        "store",
+        lambda cache, slots, values: cache.values.__setitem__(
+            slots, round_to_fp8(values.float(), 64)
+        ),
+    )
 
 
 def keys_not_rounded(patch):
-    patch.setattr(DenseIndexCache, "store", lambda cache, slots, values: cache.values.__setitem__(slots, values.float()))
+    patch.setattr(
+        DenseIndexCache,
+        "store",
+        lambda cache, slots, values: cache.values.__setitem__(slots, values.float()),
+    )
 
 
 def keys_rounded_in_blocks_of_128(patch):
-    patch.setattr(DenseIndexCache, "store",
-                  lambda cache, slots, values: cache.values.__setitem__(slots, round_to_fp4(values.float(), 128)))
+    patch.setattr(
+        DenseIndexCache,
+        "store",
+        lambda cache, slots, values: cache.values.__setitem__(
+            slots, round_to_fp4(values.float(), 128)
+        ),
+    )
 
 
 def queries_not_rounded(patch):
@@ -201,8 +257,14 @@ def keys_not_hadamard_rotated(patch):
     replace(patch, attention, "compress", rotate=lambda rotate: False)
 
 
-OFFICIAL_MISTAKES = (latents_not_rounded, whole_latent_rounded, keys_not_rounded, keys_rounded_in_blocks_of_128,
-                     queries_not_rounded, keys_not_hadamard_rotated)
+OFFICIAL_MISTAKES = (
+    latents_not_rounded,
+    whole_latent_rounded,
+    keys_not_rounded,
+    keys_rounded_in_blocks_of_128,
+    queries_not_rounded,
+    keys_not_hadamard_rotated,
+)
 
 
 @pytest.mark.parametrize("mistake", OFFICIAL_MISTAKES, ids=lambda mistake: mistake.__name__)

@@ -26,8 +26,10 @@ def test_help_names_every_command(capsys):
 
 
 def test_help_imports_nothing_heavy():
-    code = ("import sys; from dsv4_plugin.cli import main; main(['--help']); "
-            "sys.exit(bool({'torch', 'sglang', 'triton', 'transformers'} & set(sys.modules)))")
+    code = (
+        "import sys; from dsv4_plugin.cli import main; main(['--help']); "
+        "sys.exit(bool({'torch', 'sglang', 'triton', 'transformers'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
 
 
@@ -43,20 +45,36 @@ def test_unknown_command(capsys):
 
 
 def test_tiny_writes(capsys, tmp_path):
-    status, out, err = run(capsys, "tiny", str(tmp_path / "model"), "--compress-ratios", "0,4", "--hidden", "128",
-                           "--experts", "4", "--seed", "3", "--shard-size", "2")
+    status, out, err = run(
+        capsys,
+        "tiny",
+        str(tmp_path / "model"),
+        "--compress-ratios",
+        "0,4",
+        "--hidden",
+        "128",
+        "--experts",
+        "4",
+        "--seed",
+        "3",
+        "--shard-size",
+        "2",
+    )
     assert (status, err) == (0, "")
     assert "2 layers" in out
     assert Geometry.from_dir(tmp_path / "model").compress_ratios == (0, 4, 0)
     assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 1
 
 
-@pytest.mark.parametrize("options, told", [
-    (["--hidden", "100"], "hidden is 100"),
-    (["--layers", "3", "--compress-ratios", "0,4"], "2 compress ratios for 3 layers"),
-    (["--compress-ratios", "0,5"], "compress_ratios holds [5]"),
-    (["--shard-size", "0"], "--shard-size is 0 MB"),
-])
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--hidden", "100"], "hidden is 100"),
+        (["--layers", "3", "--compress-ratios", "0,4"], "2 compress ratios for 3 layers"),
+        (["--compress-ratios", "0,5"], "compress_ratios holds [5]"),
+        (["--shard-size", "0"], "--shard-size is 0 MB"),
+    ],
+)
 def test_wrong_option_is_one_line(capsys, tmp_path, options, told):
     status, out, err = run(capsys, "tiny", str(tmp_path / "model"), *options)
     assert (status, out) == (2, "")
@@ -68,7 +86,10 @@ def test_directory_in_use_is_one_line(capsys, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     status, _, err = run(capsys, "tiny", str(tmp_path))
     assert status == 2
-    assert err == f"dsv4: error: {tmp_path} is not empty; name another directory, or give --force to replace the checkpoint in it\n"
+    assert (
+        err == f"dsv4: error: {tmp_path} is not empty; name another directory, or give --force to"
+        " replace the checkpoint in it\n"
+    )
 
 
 def test_unknown_option(capsys, tmp_path):
@@ -88,19 +109,36 @@ def test_defect_keeps_its_traceback(capsys, monkeypatch):
 
 
 def test_missing_package_names_the_remedy(capsys, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "tokenizers", None)  # None makes its import fail as if it were not installed
-    status, _, err = run(capsys, "tiny", str(tmp_path / "model"), "--layers", "1", "--hidden", "128")
+    # None makes its import fail as if it were not installed
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    status, _, err = run(
+        capsys, "tiny", str(tmp_path / "model"), "--layers", "1", "--hidden", "128"
+    )
     assert status == 2
     assert "tokenizers" in err and "pip install" in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("module, remedy", [
-    ("matplotlib.pyplot", "dsv4_plugin[bench]"), ("lm_eval", "dsv4_plugin[bench]"), ("flydsl", "dsv4_plugin[flydsl]"),
-    ("sglang.srt", "dsv4_plugin[host]"), ("torch", "dsv4_plugin[host]"), ("yaml", "install dsv4_plugin brings")])
-def test_a_missing_package_is_brought_by_the_extra_that_lists_it(module, remedy, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "module, remedy",
+    [
+        ("matplotlib.pyplot", "dsv4_plugin[bench]"),
+        ("lm_eval", "dsv4_plugin[bench]"),
+        ("flydsl", "dsv4_plugin[flydsl]"),
+        ("sglang.srt", "dsv4_plugin[host]"),
+        ("torch", "dsv4_plugin[host]"),
+        ("yaml", "install dsv4_plugin brings"),
+    ],
+)
+def test_a_missing_package_is_brought_by_the_extra_that_lists_it(
+    module, remedy, monkeypatch, capsys
+):
     def refuse(name):
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
     monkeypatch.setattr(cli.importlib, "import_module", refuse)
     assert cli.main(["report"]) == 2
-    assert f"the Python package {module}, which is not installed" in (said := capsys.readouterr().err) and remedy in said
+    assert (
+        f"the Python package {module}, which is not installed" in (said := capsys.readouterr().err)
+        and remedy in said
+    )

@@ -12,27 +12,40 @@ from dsv4_plugin.config import ConfigError, Geometry
 
 def test_released_sizes(released_config):
     geometry = Geometry.from_config(released_config)
-    ratios = geometry.compress_ratios[:geometry.num_hidden_layers]
+    ratios = geometry.compress_ratios[: geometry.num_hidden_layers]
     pro = geometry.hidden_size == 7168
     assert [ratios.count(ratio) for ratio in (4, 128, 0)] == ([30, 31, 0] if pro else [21, 20, 2])
-    assert geometry.compress_ratios[geometry.num_hidden_layers:] == (0,)
+    assert geometry.compress_ratios[geometry.num_hidden_layers :] == (0,)
     assert geometry.num_layers == len(geometry.compress_ratios)
     assert geometry.nope_head_dim == 448
     assert geometry.softmax_scale == pytest.approx(1 / 512**0.5)
     assert [geometry.is_hash_routed(layer) for layer in range(5)] == [True] * 3 + [False] * 2
-    assert (geometry.rope_theta, geometry.compress_rope_theta, geometry.yarn.factor) == (10000, 160000, 16)
+    assert (geometry.rope_theta, geometry.compress_rope_theta, geometry.yarn.factor) == (
+        10000,
+        160000,
+        16,
+    )
 
 
 def test_constants_come_from_the_file(golden_dir):
     config = json.loads((golden_dir / "config.json").read_text())
-    config |= {"hc_eps": 1e-5, "rms_norm_eps": 1e-4, "hc_sinkhorn_iters": 7, "swiglu_limit": 3.0, "expert_dtype": "fp8"}
+    config |= {
+        "hc_eps": 1e-5,
+        "rms_norm_eps": 1e-4,
+        "hc_sinkhorn_iters": 7,
+        "swiglu_limit": 3.0,
+        "expert_dtype": "fp8",
+    }
     geometry = Geometry.from_config(config)
     assert (geometry.hc_eps, geometry.rms_norm_eps, geometry.hc_sinkhorn_iters) == (1e-5, 1e-4, 7)
     assert (geometry.swiglu_limit, geometry.expert_dtype) == (3.0, "fp8")
 
 
 WRONG = [
-    ({"architectures": ["DeepseekV3ForCausalLM"]}, ["DeepseekV3ForCausalLM", "DeepseekV4ForCausalLM"]),
+    (
+        {"architectures": ["DeepseekV3ForCausalLM"]},
+        ["DeepseekV3ForCausalLM", "DeepseekV4ForCausalLM"],
+    ),
     ({"architectures": None}, ["architectures"]),
     ({"engram_layer_ids": [3]}, ["engram_layer_ids", "V4.1"]),
     ({"kv_source_layer_ids": [0, 1]}, ["kv_source_layer_ids", "V4.1"]),
@@ -57,11 +70,16 @@ WRONG = [
     ({"hidden_size": 130}, ["hidden_size", "130", "32"]),
     ({"vocab_size": 0}, ["vocab_size", "0", "integer from 1"]),
     ({"swiglu_limit": -1}, ["swiglu_limit", "-1", "positive"]),
-    ({"quantization_config": {"weight_block_size": [64, 64]}}, ["weight_block_size", "[64, 64]", "[128, 128]"]),
+    (
+        {"quantization_config": {"weight_block_size": [64, 64]}},
+        ["weight_block_size", "[64, 64]", "[128, 128]"],
+    ),
 ]
 
 
-@pytest.mark.parametrize("change, named", WRONG, ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "change, named", WRONG, ids=lambda value: "-".join(value) if isinstance(value, dict) else ""
+)
 def test_wrong_config(golden_dir, change, named):
     config = copy.deepcopy(json.loads((golden_dir / "config.json").read_text())) | change
     with pytest.raises(ConfigError) as raised:

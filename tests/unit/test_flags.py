@@ -1,4 +1,5 @@
-"""The table of switches: precedence, names of others, contradictions, and the document made from it."""
+"""The table of switches: precedence, names of others, contradictions, and the document made from
+it."""
 
 from __future__ import annotations
 
@@ -31,23 +32,48 @@ def test_every_operator_of_the_table_exists_and_the_other_way_round():
     assert offered <= set(flags.IMPLEMENTATIONS)
 
 
-@pytest.mark.parametrize(("environ", "named", "way_out"), [
-    ({"DSV4_SPARSE_MLE": "triton"}, "DSV4_SPARSE_MLE='triton'", "did you mean DSV4_SPARSE_MLA?"),
-    ({"DSV4_PROFLIE": "safe"}, "DSV4_PROFLIE='safe'", "did you mean DSV4_PROFILE?"),
-    ({"DSV4_MOE": "cutlass"}, "DSV4_MOE='cutlass'", "flydsl"),
-    ({"DSV4_PROFILE": "2026-05-03"}, "DSV4_PROFILE='2026-05-03'", "2026-05-04"),
-    ({"DSV4_LAYERS_MOE": "0-"}, "DSV4_LAYERS_MOE='0-'", "as 0-3,7"),
-    ({"DSV4_LAYERS_MOE": "7-3"}, "7-3", "backwards"),
-    ({"SGLANG_HACK_FLASHMLA_BACKEND": "cuda"}, "SGLANG_HACK_FLASHMLA_BACKEND='cuda'", "tilelang"),
-    ({"SGLANG_OPT_USE_TILELANG_INDEXER": "maybe"}, "SGLANG_OPT_USE_TILELANG_INDEXER='maybe'", "0 or 1"),
-    ({"SGLANG_HACK_FLASHMLA_BACKEND": "unified_kv_triton"}, "unified_kv_triton", "unset it"),
-    ({"DSV4_SPARSE_MLA": "triton", "SGLANG_HACK_FLASHMLA_BACKEND": "tilelang"},
-     "DSV4_SPARSE_MLA=triton and SGLANG_HACK_FLASHMLA_BACKEND=tilelang contradict", "unset one"),
-    ({"SGLANG_OPT_USE_AITER_INDEXER": "1", "SGLANG_OPT_USE_TILELANG_INDEXER": "true"},
-     "SGLANG_OPT_USE_TILELANG_INDEXER=true", "unset one"),
-    ({"DSV4_ADOPTED": "yes"}, "DSV4_ADOPTED='yes'", "unset it"),
-    ({"DSV4_PROFILE": "safe", "DSV4_LAYERS_MOE": "0-3"}, "DSV4_LAYERS_MOE=0-3", "DSV4_PROFILE=safe"),
-])
+@pytest.mark.parametrize(
+    ("environ", "named", "way_out"),
+    [
+        (
+            {"DSV4_SPARSE_MLE": "triton"},
+            "DSV4_SPARSE_MLE='triton'",
+            "did you mean DSV4_SPARSE_MLA?",
+        ),
+        ({"DSV4_PROFLIE": "safe"}, "DSV4_PROFLIE='safe'", "did you mean DSV4_PROFILE?"),
+        ({"DSV4_MOE": "cutlass"}, "DSV4_MOE='cutlass'", "flydsl"),
+        ({"DSV4_PROFILE": "2026-05-03"}, "DSV4_PROFILE='2026-05-03'", "2026-05-04"),
+        ({"DSV4_LAYERS_MOE": "0-"}, "DSV4_LAYERS_MOE='0-'", "as 0-3,7"),
+        ({"DSV4_LAYERS_MOE": "7-3"}, "7-3", "backwards"),
+        (
+            {"SGLANG_HACK_FLASHMLA_BACKEND": "cuda"},
+            "SGLANG_HACK_FLASHMLA_BACKEND='cuda'",
+            "tilelang",
+        ),
+        (
+            {"SGLANG_OPT_USE_TILELANG_INDEXER": "maybe"},
+            "SGLANG_OPT_USE_TILELANG_INDEXER='maybe'",
+            "0 or 1",
+        ),
+        ({"SGLANG_HACK_FLASHMLA_BACKEND": "unified_kv_triton"}, "unified_kv_triton", "unset it"),
+        (
+            {"DSV4_SPARSE_MLA": "triton", "SGLANG_HACK_FLASHMLA_BACKEND": "tilelang"},
+            "DSV4_SPARSE_MLA=triton and SGLANG_HACK_FLASHMLA_BACKEND=tilelang contradict",
+            "unset one",
+        ),
+        (
+            {"SGLANG_OPT_USE_AITER_INDEXER": "1", "SGLANG_OPT_USE_TILELANG_INDEXER": "true"},
+            "SGLANG_OPT_USE_TILELANG_INDEXER=true",
+            "unset one",
+        ),
+        ({"DSV4_ADOPTED": "yes"}, "DSV4_ADOPTED='yes'", "unset it"),
+        (
+            {"DSV4_PROFILE": "safe", "DSV4_LAYERS_MOE": "0-3"},
+            "DSV4_LAYERS_MOE=0-3",
+            "DSV4_PROFILE=safe",
+        ),
+    ],
+)
 def test_what_is_wrong_is_named_with_the_way_out(environ, named, way_out):
     with pytest.raises(FlagError) as error:
         check(environ)
@@ -56,9 +82,13 @@ def test_what_is_wrong_is_named_with_the_way_out(environ, named, way_out):
 
 def test_own_variable_then_foreign_then_profile_then_default():
     environ = {"DSV4_PROFILE": "2026-05-04"}
-    assert implementation("sparse_mla", environ) == flags.Setting("tilelang", "DSV4_PROFILE=2026-05-04", yields=True)
+    assert implementation("sparse_mla", environ) == flags.Setting(
+        "tilelang", "DSV4_PROFILE=2026-05-04", yields=True
+    )
     environ["SGLANG_HACK_FLASHMLA_BACKEND"] = "triton"
-    assert implementation("sparse_mla", environ) == flags.Setting("triton", "SGLANG_HACK_FLASHMLA_BACKEND=triton")
+    assert implementation("sparse_mla", environ) == flags.Setting(
+        "triton", "SGLANG_HACK_FLASHMLA_BACKEND=triton"
+    )
     del environ["SGLANG_HACK_FLASHMLA_BACKEND"]
     environ["DSV4_SPARSE_MLA"] = "aiter"
     assert implementation("sparse_mla", environ) == flags.Setting("aiter", "DSV4_SPARSE_MLA=aiter")
@@ -79,30 +109,53 @@ def test_milestones_name_known_implementations_of_every_operator(date):
 
 
 def test_each_milestone_leaves_fewer_references():
-    references = [list(flags.profiles()[date]["operators"].values()).count("reference") for date in DATES]
+    references = [
+        list(flags.profiles()[date]["operators"].values()).count("reference") for date in DATES
+    ]
     assert references == sorted(references, reverse=True) and len(set(references)) == len(DATES)
 
 
-# The variables of each InferenceX recipe that concern operators (as published with the curves), and the operators whose
-# implementation follows from them: the same as the milestone of that date, reached through the foreign names.
+# The variables of each InferenceX recipe that concern operators (as published with the curves), and
+# the operators whose implementation follows from them: the same as the milestone of that date,
+# reached through the foreign names.
 RECIPES = {
-    "2026-05-02": {"SGLANG_HACK_FLASHMLA_BACKEND": "tilelang", "SGLANG_OPT_USE_TILELANG_INDEXER": "true",
-                   "SGLANG_FORCE_TRITON_MOE_FP8": "0", "SGLANG_OPT_USE_FUSED_COMPRESS": "false",
-                   "SGLANG_OPT_USE_TILELANG_MHC_PRE": "false", "SGLANG_OPT_USE_TILELANG_MHC_POST": "false",
-                   "SGLANG_TOPK_TRANSFORM_512_TORCH": "1", "SGLANG_OPT_USE_FUSED_STORE_CACHE": "false",
-                   "SGLANG_OPT_USE_FUSED_HASH_TOPK": "false"},
-    "2026-05-10": {"SGLANG_HACK_FLASHMLA_BACKEND": "tilelang", "SGLANG_OPT_USE_TILELANG_INDEXER": "true",
-                   "SGLANG_FORCE_TRITON_MOE_FP8": "0", "SGLANG_OPT_USE_FUSED_COMPRESS": "true",
-                   "SGLANG_OPT_USE_AITER_MHC_PRE": "true", "SGLANG_OPT_USE_AITER_MHC_POST": "true",
-                   "SGLANG_OPT_USE_TILELANG_MHC_PRE": "false", "SGLANG_OPT_USE_TILELANG_MHC_POST": "false",
-                   "SGLANG_OPT_USE_TRITON_SWA_PREPARE": "true", "SGLANG_OPT_USE_FUSED_STORE_CACHE": "false",
-                   "SGLANG_OPT_USE_FUSED_HASH_TOPK": "false"},
-    "2026-05-21": {"SGLANG_HACK_FLASHMLA_BACKEND": "triton", "SGLANG_OPT_USE_TILELANG_INDEXER": "true",
-                   "SGLANG_FORCE_TRITON_MOE_FP8": "0", "AITER_BF16_FP8_MOE_BOUND": "1",
-                   "SGLANG_OPT_USE_FUSED_PAGED_COMPRESS": "true", "SGLANG_OPT_USE_FUSED_COMPRESS": "false",
-                   "SGLANG_OPT_USE_AITER_MHC_PRE": "true", "SGLANG_OPT_USE_AITER_MHC_POST": "true",
-                   "SGLANG_OPT_USE_TRITON_SWA_PREPARE": "true", "SGLANG_OPT_USE_FUSED_STORE_CACHE": "true",
-                   "SGLANG_OPT_USE_FUSED_HASH_TOPK": "true"},
+    "2026-05-02": {
+        "SGLANG_HACK_FLASHMLA_BACKEND": "tilelang",
+        "SGLANG_OPT_USE_TILELANG_INDEXER": "true",
+        "SGLANG_FORCE_TRITON_MOE_FP8": "0",
+        "SGLANG_OPT_USE_FUSED_COMPRESS": "false",
+        "SGLANG_OPT_USE_TILELANG_MHC_PRE": "false",
+        "SGLANG_OPT_USE_TILELANG_MHC_POST": "false",
+        "SGLANG_TOPK_TRANSFORM_512_TORCH": "1",
+        "SGLANG_OPT_USE_FUSED_STORE_CACHE": "false",
+        "SGLANG_OPT_USE_FUSED_HASH_TOPK": "false",
+    },
+    "2026-05-10": {
+        "SGLANG_HACK_FLASHMLA_BACKEND": "tilelang",
+        "SGLANG_OPT_USE_TILELANG_INDEXER": "true",
+        "SGLANG_FORCE_TRITON_MOE_FP8": "0",
+        "SGLANG_OPT_USE_FUSED_COMPRESS": "true",
+        "SGLANG_OPT_USE_AITER_MHC_PRE": "true",
+        "SGLANG_OPT_USE_AITER_MHC_POST": "true",
+        "SGLANG_OPT_USE_TILELANG_MHC_PRE": "false",
+        "SGLANG_OPT_USE_TILELANG_MHC_POST": "false",
+        "SGLANG_OPT_USE_TRITON_SWA_PREPARE": "true",
+        "SGLANG_OPT_USE_FUSED_STORE_CACHE": "false",
+        "SGLANG_OPT_USE_FUSED_HASH_TOPK": "false",
+    },
+    "2026-05-21": {
+        "SGLANG_HACK_FLASHMLA_BACKEND": "triton",
+        "SGLANG_OPT_USE_TILELANG_INDEXER": "true",
+        "SGLANG_FORCE_TRITON_MOE_FP8": "0",
+        "AITER_BF16_FP8_MOE_BOUND": "1",
+        "SGLANG_OPT_USE_FUSED_PAGED_COMPRESS": "true",
+        "SGLANG_OPT_USE_FUSED_COMPRESS": "false",
+        "SGLANG_OPT_USE_AITER_MHC_PRE": "true",
+        "SGLANG_OPT_USE_AITER_MHC_POST": "true",
+        "SGLANG_OPT_USE_TRITON_SWA_PREPARE": "true",
+        "SGLANG_OPT_USE_FUSED_STORE_CACHE": "true",
+        "SGLANG_OPT_USE_FUSED_HASH_TOPK": "true",
+    },
 }
 
 
@@ -112,7 +165,10 @@ def test_a_recipe_asks_for_what_its_milestone_names(date):
     asked = {wish.operator for wish in flags.foreign_wishes(RECIPES[date])}
     assert len(asked) >= 7
     for operator in asked:
-        assert implementation(operator, RECIPES[date]).value == flags.profiles()[date]["operators"][operator], operator
+        assert (
+            implementation(operator, RECIPES[date]).value
+            == flags.profiles()[date]["operators"][operator]
+        ), operator
 
 
 def test_a_variable_that_is_off_asks_for_nothing_once_another_is_on():
@@ -134,8 +190,13 @@ def test_foreign_variables_are_logged_once_and_kept_from_the_host(caplog):
         flags.adopt(environ)
     assert [record.getMessage() for record in caplog.records] == [
         "dsv4_plugin: SGLANG_OPT_USE_AITER_INDEXER=1 is taken as DSV4_INDEXER_LOGITS=aiter",
-        "dsv4_plugin: SGLANG_ENABLE_THINKING=1 has no effect: SGLang renamed it; set SGLANG_DEFAULT_THINKING"]
-    # SGLang sets this one itself on ROCm while it resolves its arguments; a worker must not take it for the user's.
+        (
+            "dsv4_plugin: SGLANG_ENABLE_THINKING=1 has no effect: SGLang renamed it; set"
+            " SGLANG_DEFAULT_THINKING"
+        ),
+    ]
+    # SGLang sets this one itself on ROCm while it resolves its arguments; a worker must not take it
+    # for the user's.
     environ["SGLANG_FP8_PAGED_MQA_LOGITS_TORCH"] = "True"
     assert implementation("indexer_logits", environ).value == "aiter"
     check(environ)
@@ -148,11 +209,15 @@ def test_no_foreign_variable_lacks_a_meaning():
         for side in sides:
             assert isinstance(side, str) or set(side) <= set(flags.OPERATORS), name
             assert isinstance(side, str) or set(side.values()) <= set(flags.IMPLEMENTATIONS), name
-        assert all(isinstance(value, str) for value in row.get("values", {})), f"{name}: quote YAML's booleans"
+        assert all(isinstance(value, str) for value in row.get("values", {})), (
+            f"{name}: quote YAML's booleans"
+        )
 
 
 def test_the_document_is_the_table():
-    assert (ROOT / "docs/flags.md").read_text() == markdown(), "run: dsv4 flags --markdown > docs/flags.md"
+    assert (ROOT / "docs/flags.md").read_text() == markdown(), (
+        "run: dsv4 flags --markdown > docs/flags.md"
+    )
 
 
 def test_command_prints_values_and_sources(monkeypatch, capsys):
@@ -163,7 +228,10 @@ def test_command_prints_values_and_sources(monkeypatch, capsys):
     assert main(["flags", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row for row in printed["flags"]}
-    assert (rows["DSV4_MOE"]["value"], rows["DSV4_MOE"]["source"]) == ("reference", "DSV4_PROFILE=safe")
+    assert (rows["DSV4_MOE"]["value"], rows["DSV4_MOE"]["source"]) == (
+        "reference",
+        "DSV4_PROFILE=safe",
+    )
     assert len(rows) == len(flags.FLAGS) and "prefix cache" in printed["notes"][0]
     monkeypatch.setenv("DSV4_PROFIL", "safe")
     assert main(["flags"]) == 2

@@ -22,15 +22,17 @@ def imported_modules(path: Path) -> list[str]:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package[:len(package) - node.level + 1]) if node.level else ""
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             origin = ".".join(part for part in (base, node.module or "") if part)
-            # `from .. import ops` names modules, `from ..ops import mhc` may: both spellings are followed.
+            # `from .. import ops` names modules, `from ..ops import mhc` may: both spellings are
+            # followed.
             names += [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
     return names
 
 
 def floor(parts: tuple[str, ...]) -> int:
-    """Height of a module of the package: 0 is `cli`, the highest; leaf modules lie below all floors."""
+    """Height of a module of the package: 0 is `cli`, the highest; leaf modules lie below all
+    floors."""
     return FLOORS.index(parts[0]) if parts and parts[0] in FLOORS else len(FLOORS)
 
 
@@ -46,8 +48,11 @@ def test_every_package_is_a_floor():
 @pytest.mark.parametrize("path", SOURCES, ids=identity)
 def test_imports_go_down(path):
     own = floor(path.relative_to(ROOT).parts)
-    upward = [name for name in imported_modules(path)
-              if name.startswith("dsv4_plugin.") and floor(tuple(name.split(".")[1:])) < own]
+    upward = [
+        name
+        for name in imported_modules(path)
+        if name.startswith("dsv4_plugin.") and floor(tuple(name.split(".")[1:])) < own
+    ]
     assert not upward, f"{identity(path)} imports from a floor above its own"
 
 
@@ -60,7 +65,16 @@ def test_only_the_host_floor_knows_sglang(path):
 
 def test_the_walk_sees_every_spelling(tmp_path, monkeypatch):
     source = ROOT / "ops" / "imaginary.py"
-    text = "import sglang.srt\nfrom ..model import x\nfrom . import y\nfrom .. import host\ndef f():\n    from ..host.plugin import z\n"
+    text = (
+        "import sglang.srt\nfrom ..model import x\nfrom . import y\nfrom .. import host\ndef f():\n"
+        "    from ..host.plugin import z\n"
+    )
     monkeypatch.setattr(Path, "read_text", lambda self, encoding=None: text)
     names = imported_modules(source)
-    assert {"sglang.srt", "dsv4_plugin.model", "dsv4_plugin.ops", "dsv4_plugin.host", "dsv4_plugin.host.plugin"} <= set(names)
+    assert {
+        "sglang.srt",
+        "dsv4_plugin.model",
+        "dsv4_plugin.ops",
+        "dsv4_plugin.host",
+        "dsv4_plugin.host.plugin",
+    } <= set(names)

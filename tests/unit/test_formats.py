@@ -33,7 +33,8 @@ def e4m3_values() -> np.ndarray:
 
 
 def nearest(x: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Value of `table` (sorted, its even codes at even places) nearest to each magnitude in `x`, ties to the even code."""
+    """Value of `table` (sorted, its even codes at even places) nearest to each magnitude in `x`,
+    ties to the even code."""
     distance = np.abs(np.abs(x).astype(np.float64)[:, None] - table[None])
     closest = distance == distance.min(1, keepdims=True)
     even = np.arange(len(table)) % 2 == 0
@@ -53,7 +54,9 @@ def test_ue8m0_decodes_every_byte():
 
 def test_ue8m0_of_torch_dtype():
     scales = torch.arange(255, dtype=torch.uint8).view(torch.float8_e8m0fnu)
-    assert torch.equal(formats.ue8m0_to_float(scales), formats.ue8m0_to_float(scales.view(torch.uint8)))
+    assert torch.equal(
+        formats.ue8m0_to_float(scales), formats.ue8m0_to_float(scales.view(torch.uint8))
+    )
 
 
 def test_ue8m0_bytes_invert():
@@ -84,7 +87,9 @@ def test_fp8_cast_agrees_with_ml_dtypes():
     x = torch.randn(64, 256, generator=generator) * torch.logspace(-6, 4, 64).unsqueeze(1)
     values, scale = formats.quantize_fp8(x, 128)
     scaled = (x.unflatten(-1, (-1, 128)) / scale.unsqueeze(-1)).flatten(-2).numpy()
-    assert np.array_equal(values.view(torch.uint8).numpy(), scaled.astype(ml_dtypes.float8_e4m3fn).view(np.uint8))
+    assert np.array_equal(
+        values.view(torch.uint8).numpy(), scaled.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    )
 
 
 @given(finite((2, 128)))
@@ -92,7 +97,8 @@ def test_fp8_error_is_half_a_step(x):
     tensor = torch.from_numpy(x)
     values, scale = formats.quantize_fp8(tensor, 64)
     error = (formats.dequantize_fp8(values, scale) - tensor).abs()
-    # 3 mantissa bits: half a step is 2^-4 of the value, and below 2^-6 the steps are 2^-9 of the scale.
+    # 3 mantissa bits: half a step is 2^-4 of the value, and below 2^-6 the steps are 2^-9 of the
+    # scale.
     bound = torch.maximum(tensor.abs() * 2**-4, (scale * 2**-10).repeat_interleave(64, -1))
     assert bool((error <= bound).all())
 
@@ -121,7 +127,9 @@ def test_block_that_does_not_divide():
 
 @given(arrays.arrays(np.float32, 64, elements=st.floats(-8, 8, width=32)))
 def test_e2m1_is_the_nearest(x):
-    assert np.array_equal(formats.round_to_e2m1(torch.from_numpy(x)).numpy(), nearest(np.clip(x, -6, 6), E2M1[:8]))
+    assert np.array_equal(
+        formats.round_to_e2m1(torch.from_numpy(x)).numpy(), nearest(np.clip(x, -6, 6), E2M1[:8])
+    )
 
 
 def test_e2m1_ties_and_saturation():
@@ -145,7 +153,12 @@ def test_fp4_scale_and_error(x):
     needed = amax / 6
     assert bool(((scale >= needed) & (needed > scale / 2)).all())
     # Steps are 0.5 below 2, 1 below 4, then 2: half a step is at most 1.
-    assert bool(((formats.dequantize_fp8(values, scale) - tensor).abs() <= scale.repeat_interleave(32, -1)).all())
+    assert bool(
+        (
+            (formats.dequantize_fp8(values, scale) - tensor).abs()
+            <= scale.repeat_interleave(32, -1)
+        ).all()
+    )
 
 
 def test_fp4_bytes_hold_the_even_column_low():
@@ -171,8 +184,16 @@ def test_block_weight_by_hand(shape, scale_kind):
     weight = torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)
     grid = (math.ceil(shape[0] / 128), math.ceil(shape[1] / 128))
     exponents = torch.randint(118, 136, grid, generator=generator)
-    scale = exponents.to(torch.uint8).view(torch.float8_e8m0fnu) if scale_kind == "ue8m0" else torch.rand(grid, generator=generator)
-    factor = np.exp2(exponents.numpy() - 127.0).astype(np.float32) if scale_kind == "ue8m0" else scale.numpy()
+    scale = (
+        exponents.to(torch.uint8).view(torch.float8_e8m0fnu)
+        if scale_kind == "ue8m0"
+        else torch.rand(grid, generator=generator)
+    )
+    factor = (
+        np.exp2(exponents.numpy() - 127.0).astype(np.float32)
+        if scale_kind == "ue8m0"
+        else scale.numpy()
+    )
     expected = weight.float().numpy().copy()
     for row in range(shape[0]):
         for column in range(shape[1]):
@@ -187,12 +208,16 @@ def test_fp4_weight_by_hand():
     generator = torch.Generator().manual_seed(3)
     packed = torch.randint(-128, 128, (6, 48), generator=generator).to(torch.int8)
     exponents = torch.randint(118, 136, (6, 3), generator=generator)
-    decoded = formats.dequantize_weight(packed, exponents.to(torch.uint8).view(torch.float8_e8m0fnu))
+    decoded = formats.dequantize_weight(
+        packed, exponents.to(torch.uint8).view(torch.float8_e8m0fnu)
+    )
     codes = packed.numpy().view(np.uint8)
     for row in range(6):
         for column in range(96):
             code = int(codes[row, column // 2]) >> (4 * (column % 2)) & 15
-            assert decoded[row, column].item() == E2M1[code] * 2.0 ** (exponents[row, column // 32].item() - 127)
+            assert decoded[row, column].item() == E2M1[code] * 2.0 ** (
+                exponents[row, column // 32].item() - 127
+            )
 
 
 def test_stacked_weights_decode_alike():
@@ -200,17 +225,27 @@ def test_stacked_weights_decode_alike():
     weight = torch.randn(3, 130, 256, generator=generator).to(torch.float8_e4m3fn)
     scale = torch.rand(3, 2, 2, generator=generator)
     stacked = formats.dequantize_weight(weight, scale)
-    assert torch.equal(stacked, torch.stack([formats.dequantize_weight(*pair) for pair in zip(weight, scale)]))
+    assert torch.equal(
+        stacked, torch.stack([formats.dequantize_weight(*pair) for pair in zip(weight, scale)])
+    )
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (300, 200)])
 def test_weight_quantisers_stay_near(shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(5))
     values, scale = formats.quantize_weight_fp8(weight)
-    assert scale.dtype == torch.float8_e8m0fnu and scale.shape == (math.ceil(shape[0] / 128), math.ceil(shape[1] / 128))
+    assert scale.dtype == torch.float8_e8m0fnu and scale.shape == (
+        math.ceil(shape[0] / 128),
+        math.ceil(shape[1] / 128),
+    )
     decoded = formats.dequantize_weight(values, scale)
-    # Half a step of 3 mantissa bits; subnormals of a block whose largest value is near 4: scale 2^-6, half step 2^-16.
-    assert bool(((decoded - weight).abs() <= torch.maximum(weight.abs() * 2**-4, torch.tensor(2.0**-16))).all())
+    # Half a step of 3 mantissa bits; subnormals of a block whose largest value is near 4: scale
+    # 2^-6, half step 2^-16.
+    assert bool(
+        (
+            (decoded - weight).abs() <= torch.maximum(weight.abs() * 2**-4, torch.tensor(2.0**-16))
+        ).all()
+    )
 
 
 def test_fp4_weight_quantiser_round_trips():
@@ -242,4 +277,6 @@ def test_hadamard_learns_after_it_served():
 def test_hadamard_keeps_dot_products():
     q, k = torch.randn(2, 50, 128, generator=torch.Generator().manual_seed(8))
     # Orthogonal: equal up to fp32 sums of 128 products.
-    torch.testing.assert_close(formats.hadamard(q) @ formats.hadamard(k).T, q @ k.T, rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        formats.hadamard(q) @ formats.hadamard(k).T, q @ k.T, rtol=0, atol=2e-5
+    )

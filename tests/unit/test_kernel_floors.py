@@ -1,4 +1,5 @@
-"""The floors of benchmarks/floors.py against sums made by hand, and issued bytes against what the kernels' loops would move."""
+"""The floors of benchmarks/floors.py against sums made by hand, and issued bytes against what the
+kernels' loops would move."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ import floors  # noqa: E402
 
 
 def test_attention():
-    # Two tokens of one request, four heads; each sees three slots, two of which both see: four distinct.
+    # Two tokens of one request, four heads; each sees three slots, two of which both see: four
+    # distinct.
     floor = floors.sparse_mla(tokens=2, heads=4, slots=6, distinct=4)
     # cos and sin of a token are 32 fp32 each.
     assert floor.bytes == 4 * (448 + 128 + 8) + 2 * (4 * (1024 + 1024) + 2 * 32 * 4)
@@ -34,21 +36,29 @@ def test_logits():
 
 
 def test_selection():
-    assert floors.topk_select(tokens=2, visible=3000 + 5000, topk=1024).bytes == 8000 * 4 + 2 * 1024 * 8
+    assert (
+        floors.topk_select(tokens=2, visible=3000 + 5000, topk=1024).bytes
+        == 8000 * 4 + 2 * 1024 * 8
+    )
 
 
-@pytest.mark.parametrize(("ratio", "dim", "want"), [
-    # values and scores of 8 items, the slot (7 blocks of 64, 64 bf16, 7 scales), cos and sin, ape of two halves
-    (4, 512, 8 * 2 * 512 * 4 + 583 + 256 + 4 * 1024 * 4),
-    (4, 128, 8 * 2 * 128 * 4 + 132 + 256 + 4 * 256 * 4),
-    (128, 512, 128 * 2 * 512 * 4 + 583 + 256 + 128 * 512 * 4),
-])
+@pytest.mark.parametrize(
+    ("ratio", "dim", "want"),
+    [
+        # values and scores of 8 items, the slot (7 blocks of 64, 64 bf16, 7 scales), cos and sin,
+        # ape of two halves
+        (4, 512, 8 * 2 * 512 * 4 + 583 + 256 + 4 * 1024 * 4),
+        (4, 128, 8 * 2 * 128 * 4 + 132 + 256 + 4 * 256 * 4),
+        (128, 512, 128 * 2 * 512 * 4 + 583 + 256 + 128 * 512 * 4),
+    ],
+)
 def test_one_compressed_window(ratio, dim, want):
     assert floors.compress(windows=1, kept=0, ratio=ratio, dim=dim).bytes == want
 
 
 def test_a_step_that_completes_nothing_only_keeps_rows():
-    # A ratio-4 row has a value and a score for each of two halves of 512 channels, a ratio-128 row for one.
+    # A ratio-4 row has a value and a score for each of two halves of 512 channels, a ratio-128 row
+    # for one.
     assert floors.compress(0, 3, 4, 512).bytes == 3 * 2 * (2 * 2 * 512 * 4)
     assert floors.compress(0, 3, 128, 512).bytes == 3 * 2 * (2 * 512 * 4)
 
@@ -60,7 +70,8 @@ def test_preparation():
 
 
 def test_step_plan():
-    # One row: 128 slots through two tables and written, and seven numbers; two pages; a window of 8 items and one of 128.
+    # One row: 128 slots through two tables and written, and seven numbers; two pages; a window of 8
+    # items and one of 128.
     got = floors.build_step_plan(1, 2, {4: 1, 128: 1}).bytes
     assert got == 128 * 20 + 7 * 8 + 2 * 12 + (3 + 16) * 8 + (3 + 256) * 8
 
@@ -68,7 +79,9 @@ def test_step_plan():
 def test_what_bounds():
     floor = floors.Floor(bytes=1000, operations=4000)
     assert floor.seconds(copy=10.0, peak=100.0) == 100.0 and floor.bound(10.0, 100.0) == "memory"
-    assert floor.seconds(copy=1000.0, peak=100.0) == 40.0 and floor.bound(1000.0, 100.0) == "products"
+    assert (
+        floor.seconds(copy=1000.0, peak=100.0) == 40.0 and floor.bound(1000.0, 100.0) == "products"
+    )
 
 
 def selected(visible: int, topk: int, chunk: int) -> int:
@@ -97,29 +110,48 @@ def test_selection_stays_below_its_target(topk):
     """1.5 times the floor for every row of up to 1 M tokens, of which every fourth is an entry."""
     from dsv4_plugin.kernels.triton.topk_select import _CHUNK
 
-    worst = max(floors.topk_select_issued(visible, topk, _CHUNK) / floors.topk_select(1, visible, topk).bytes
-                for visible in range(topk, (1 << 18) + 1, 64))
+    worst = max(
+        floors.topk_select_issued(visible, topk, _CHUNK)
+        / floors.topk_select(1, visible, topk).bytes
+        for visible in range(topk, (1 << 18) + 1, 64)
+    )
     assert worst < 1.5
 
 
 def test_issued_by_compression():
-    # Ratio 128 in 16 stripes of 32 channels: row numbers 16 times, ape with every window, the pooled entry handed over in fp32.
+    # Ratio 128 in 16 stripes of 32 channels: row numbers 16 times, ape with every window, the
+    # pooled entry handed over in fp32.
     window = 16 * (8 + 128 * 16) + 128 * 512 * 12 + (2 * 512 * 4 + 8) + (512 * 2 + 256 + 8 + 583)
-    assert floors.compress_issued(windows=2, kept=1, tokens=3, ratio=128, dim=512, stripe=32) == 2 * window + 3 * 8 + 2 * 4096
+    assert (
+        floors.compress_issued(windows=2, kept=1, tokens=3, ratio=128, dim=512, stripe=32)
+        == 2 * window + 3 * 8 + 2 * 4096
+    )
     window = 8 + 8 * 16 + 8 * 512 * 12 + (512 * 2 + 256 + 8 + 583)
-    assert floors.compress_issued(windows=2, kept=1, tokens=3, ratio=4, dim=512, stripe=512) == 2 * window + 3 * 8 + 2 * 8192
+    assert (
+        floors.compress_issued(windows=2, kept=1, tokens=3, ratio=4, dim=512, stripe=512)
+        == 2 * window + 3 * 8 + 2 * 8192
+    )
 
 
 def test_issued_by_attention():
-    # 128 heads in two blocks of 64: both read 10 slots with their numbers, and cos and sin; then in 4 parts, combined by head.
+    # 128 heads in two blocks of 64: both read 10 slots with their numbers, and cos and sin; then in
+    # 4 parts, combined by head.
     whole = 2 * 10 * (584 + 8) + 128 * (1024 + 1024)
     assert floors.sparse_mla_issued(3, 128, 10, 64, 1) == 3 * (whole + 2 * 256)
-    assert floors.sparse_mla_issued(3, 128, 10, 64, 4) == 3 * (whole + 2 * 4 * 128 * (512 + 1) * 4 + 128 * 256)
+    assert floors.sparse_mla_issued(3, 128, 10, 64, 4) == 3 * (
+        whole + 2 * 4 * 128 * (512 + 1) * 4 + 128 * 256
+    )
 
 
 def test_issued_is_never_below_the_floor():
     for ratio, dim, stripe in ((4, 512, 512), (4, 128, 128), (128, 512, 32)):
         for windows in (1, 64, 2048):
-            assert floors.compress_issued(windows, 7, 64, ratio, dim, stripe) >= floors.compress(windows, 7, ratio, dim).bytes
+            assert (
+                floors.compress_issued(windows, 7, 64, ratio, dim, stripe)
+                >= floors.compress(windows, 7, ratio, dim).bytes
+            )
     for heads, block, splits in ((16, 16, 1), (16, 16, 16), (128, 64, 1), (128, 64, 8)):
-        assert floors.sparse_mla_issued(4, heads, 1152, block, splits) >= floors.sparse_mla(4, heads, 4 * 1152, 4 * 1152).bytes
+        assert (
+            floors.sparse_mla_issued(4, heads, 1152, block, splits)
+            >= floors.sparse_mla(4, heads, 4 * 1152, 4 * 1152).bytes
+        )

@@ -1,4 +1,5 @@
-"""Selection of an operator's implementation: keys, reasons, forced ones, counts, and what a call costs."""
+"""Selection of an operator's implementation: keys, reasons, forced ones, counts, and what a call
+costs."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def place():
 
 @pytest.fixture
 def moe(monkeypatch, place):
-    """An operator named as one of the table, in a registry of its own, whose `triton` doubles and refuses 4 rows or more."""
+    """An operator named as one of the table, in a registry of its own, whose `triton` doubles and
+    refuses 4 rows or more."""
     monkeypatch.setattr(selection, "OPERATORS", {})
     module = types.ModuleType("doubling")
     module.doubled = doubled
@@ -39,14 +41,22 @@ def moe(monkeypatch, place):
     def moe(x, w=None, rounding: str = "none"):
         return x * 1
 
-    moe.add(Implementation("triton", "doubling:doubled", requires=lambda x, w=None, rounding="none": (
-        "too many rows" if x.shape[0] >= 4 else "weights are missing" if w is None else None)))
+    moe.add(
+        Implementation(
+            "triton",
+            "doubling:doubled",
+            requires=lambda x, w=None, rounding="none": (
+                "too many rows" if x.shape[0] >= 4 else "weights are missing" if w is None else None
+            ),
+        )
+    )
     return moe
 
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """The selection of a machine whose GPU is gfx950; the tensors stay on the CPU, which one test below is about."""
+    """The selection of a machine whose GPU is gfx950; the tensors stay on the CPU, which one test
+    below is about."""
     monkeypatch.setattr(device, "arch", lambda: "gfx950")
 
 
@@ -71,7 +81,9 @@ def test_without_a_gpu_the_reference_runs_and_says_why(moe):
     assert row.rejected == {"triton": "there is no GPU"}
 
 
-def test_auto_takes_what_can_run_and_reports_each_fallback_by_shape_class(moe, on_gpu, place, caplog):
+def test_auto_takes_what_can_run_and_reports_each_fallback_by_shape_class(
+    moe, on_gpu, place, caplog
+):
     moe.configure()
     place.phase, place.layer, place.ratio = "decode", 3, 128
     w = torch.ones(1)
@@ -79,11 +91,20 @@ def test_auto_takes_what_can_run_and_reports_each_fallback_by_shape_class(moe, o
         result = moe(rows(count), w)
         assert result.shape[0] == count
     assert moe(rows(3), w).sum() == 12 and moe(rows(4), w).sum() == 8
-    seen = {(row.phase, row.layer_kind, row.rows): (row.implementation, row.calls, row.rejected, row.fallback)
-            for row in selection.report_rows()}
-    assert seen == {("decode", "c128", "2-3"): ("triton", 4, {}, False),
-                    ("decode", "c128", "4-7"): ("reference", 2, {"triton": "too many rows"}, True),
-                    ("decode", "c128", "0"): ("triton", 1, {}, False)}
+    seen = {
+        (row.phase, row.layer_kind, row.rows): (
+            row.implementation,
+            row.calls,
+            row.rejected,
+            row.fallback,
+        )
+        for row in selection.report_rows()
+    }
+    assert seen == {
+        ("decode", "c128", "2-3"): ("triton", 4, {}, False),
+        ("decode", "c128", "4-7"): ("reference", 2, {"triton": "too many rows"}, True),
+        ("decode", "c128", "0"): ("triton", 1, {}, False),
+    }
     assert "moe runs its reference in decode" in caplog.text
 
 
@@ -91,9 +112,15 @@ def test_none_tensors_and_words_of_a_call_have_choices_of_their_own(moe, on_gpu)
     moe.configure()
     x = rows(2)
     assert moe(x, torch.ones(1)).sum() == 8
-    assert moe(x, None).sum() == 4, "without weights the same shape must not find the choice made with weights"
+    assert moe(x, None).sum() == 4, (
+        "without weights the same shape must not find the choice made with weights"
+    )
     assert moe(x=x, w=torch.ones(1)).sum() == 8
-    moe(x, torch.ones(1), "fp4"), moe(x, torch.ones(1), rounding="fp8"), moe(x, torch.ones(1), rounding="fp4")
+    (
+        moe(x, torch.ones(1), "fp4"),
+        moe(x, torch.ones(1), rounding="fp8"),
+        moe(x, torch.ones(1), rounding="fp4"),
+    )
     assert len(moe.choices) == 6
 
 
@@ -115,11 +142,17 @@ def test_layers_leave_the_others_to_the_reference(moe, on_gpu, place, monkeypatc
     assert out.rejected == {"triton": "DSV4_LAYERS_MOE leaves this layer out"}
 
 
-@pytest.mark.parametrize(("environ", "named"), [
-    ({"DSV4_MOE": "triton"}, ["DSV4_MOE=triton cannot run here", "there is no GPU"]),
-    ({"DSV4_MOE": "aiter"}, ["DSV4_MOE=aiter", "no such implementation", "reference, triton"]),
-    ({"SGLANG_FORCE_TRITON_MOE_FP8": "1"}, ["DSV4_MOE=triton (from SGLANG_FORCE_TRITON_MOE_FP8=1)", "there is no GPU"]),
-])
+@pytest.mark.parametrize(
+    ("environ", "named"),
+    [
+        ({"DSV4_MOE": "triton"}, ["DSV4_MOE=triton cannot run here", "there is no GPU"]),
+        ({"DSV4_MOE": "aiter"}, ["DSV4_MOE=aiter", "no such implementation", "reference, triton"]),
+        (
+            {"SGLANG_FORCE_TRITON_MOE_FP8": "1"},
+            ["DSV4_MOE=triton (from SGLANG_FORCE_TRITON_MOE_FP8=1)", "there is no GPU"],
+        ),
+    ],
+)
 def test_what_is_forced_and_cannot_run_stops_the_start(moe, monkeypatch, environ, named):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
@@ -132,8 +165,10 @@ def test_what_is_forced_and_cannot_run_stops_the_start(moe, monkeypatch, environ
 def test_a_profile_yields_with_a_word_where_it_cannot_be_followed(moe, on_gpu, monkeypatch, caplog):
     monkeypatch.setenv("DSV4_PROFILE", "2026-05-02")
     moe.configure()
-    assert caplog.messages == ["dsv4_plugin: DSV4_MOE=aiter (from DSV4_PROFILE=2026-05-02): moe has no such "
-                               "implementation; it has reference, triton; auto decides"]
+    assert caplog.messages == [
+        "dsv4_plugin: DSV4_MOE=aiter (from DSV4_PROFILE=2026-05-02): moe has no such "
+        "implementation; it has reference, triton; auto decides"
+    ]
     assert moe(rows(2), torch.ones(1)).sum() == 8
     monkeypatch.setenv("DSV4_PROFILE", "safe")
     moe.configure()
@@ -144,7 +179,9 @@ def test_what_is_forced_never_falls_back_on_a_shape(moe, on_gpu, monkeypatch):
     monkeypatch.setenv("DSV4_MOE", "triton")
     selection.configure()
     assert moe(rows(2), torch.ones(1)).sum() == 8
-    with pytest.raises(SelectionError, match="DSV4_MOE=triton cannot run this call of moe: too many rows"):
+    with pytest.raises(
+        SelectionError, match="DSV4_MOE=triton cannot run this call of moe: too many rows"
+    ):
         moe(rows(4), torch.ones(1))
 
 
@@ -184,9 +221,11 @@ def test_a_stream_of_shapes_keeps_memory_bounded_and_choices_right(moe, on_gpu, 
 
 
 def test_choosing_costs_no_more_than_a_few_small_torch_calls():
-    """Microseconds depend on the machine and its load; a torch call timed in turn with it, best of many, does so alike.
+    """Microseconds depend on the machine and its load; a torch call timed in turn with it, best of
+    many, does so alike.
 
-    About twice the smallest call on an idle core as on a busy one; choosing anew at each call would be tens of times.
+    About twice the smallest call on an idle core as on a busy one; choosing anew at each call would
+    be tens of times.
     """
     x, w = torch.ones(5, 64, dtype=torch.bfloat16), torch.ones(64)
     empty = selection.Operator(lambda x, *rest: None)
@@ -195,6 +234,9 @@ def test_choosing_costs_no_more_than_a_few_small_torch_calls():
     def seconds(call):
         return timeit.timeit(call, number=2000, timer=time.thread_time)
 
-    pairs = [(seconds(lambda: empty(x, w, w, None, x, 6, 2.5)), seconds(lambda: torch.empty_like(x))) for _ in range(50)]
+    pairs = [
+        (seconds(lambda: empty(x, w, w, None, x, 6, 2.5)), seconds(lambda: torch.empty_like(x)))
+        for _ in range(50)
+    ]
     choosing, smallest = (min(column) for column in zip(*pairs, strict=True))
     assert choosing < 6 * smallest

@@ -24,14 +24,17 @@ def test_one_process_holds_everything(golden_geometry):
 
 
 # The golden model has 8 heads in 2 groups, 8 experts of 256, 512 tokens.
-@pytest.mark.parametrize("layout, named", [
-    ({"attention": 3}, ["num_attention_heads", "8", "3"]),
-    ({"attention": 4}, ["o_groups", "2", "4"]),
-    ({"expert": 3}, ["n_routed_experts", "8", "3"]),
-    ({"expert_tensor": 4}, ["moe_intermediate_size", "256", "4", "blocks of 128"]),
-    ({"shared": 4}, ["moe_intermediate_size", "256", "4", "blocks of 128"]),
-    ({"vocab": 3}, ["vocab_size", "512", "3"]),
-])
+@pytest.mark.parametrize(
+    "layout, named",
+    [
+        ({"attention": 3}, ["num_attention_heads", "8", "3"]),
+        ({"attention": 4}, ["o_groups", "2", "4"]),
+        ({"expert": 3}, ["n_routed_experts", "8", "3"]),
+        ({"expert_tensor": 4}, ["moe_intermediate_size", "256", "4", "blocks of 128"]),
+        ({"shared": 4}, ["moe_intermediate_size", "256", "4", "blocks of 128"]),
+        ({"vocab": 3}, ["vocab_size", "512", "3"]),
+    ],
+)
 def test_layout_that_does_not_divide(golden_geometry, layout, named):
     with pytest.raises(ParallelError) as raised:
         Parallel(**{group: Group(0, size) for group, size in layout.items()}).check(golden_geometry)
@@ -40,5 +43,7 @@ def test_layout_that_does_not_divide(golden_geometry, layout, named):
 
 def test_layouts_that_divide(golden_geometry):
     two = Group(1, 2)
-    Parallel(attention=two, expert=Group(3, 8), shared=two, vocab=Group(0, 4)).check(golden_geometry)
+    Parallel(attention=two, expert=Group(3, 8), shared=two, vocab=Group(0, 4)).check(
+        golden_geometry
+    )
     Parallel(expert_tensor=two).check(golden_geometry)

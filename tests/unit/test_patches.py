@@ -1,4 +1,5 @@
-"""Source patches: they fit the installed SGLang, go on and off byte for byte, are refused on drift, and mend what they say."""
+"""Source patches: they fit the installed SGLang, go on and off byte for byte, are refused on drift,
+and mend what they say."""
 
 from __future__ import annotations
 
@@ -68,7 +69,10 @@ def test_drift_is_refused_before_anything_is_written(wheel, action, capsys):
     before = contents(wheel)
     assert PATCHES["draft-backends-from-registry"].state(wheel) == DRIFTED
     assert main(["patch", action, "--root", str(wheel), "--write"]) == 2
-    assert "srt/speculative/draft_utils.py is neither as released nor as patched" in capsys.readouterr().err
+    assert (
+        "srt/speculative/draft_utils.py is neither as released nor as patched"
+        in capsys.readouterr().err
+    )
     assert contents(wheel) == before
     assert main(["patch", "check", "--root", str(wheel)]) == 1
 
@@ -81,11 +85,22 @@ def test_half_a_patch_is_refused(wheel):
         patch.apply(wheel)
 
 
-@pytest.mark.parametrize(("old", "new", "message"), [
-    ("lost = one_z == 1.0", "lost = one_z == 2.0", "does not give the content that its record names"),
-    ("     ).to(tl.float32)", "     ).to(tl.float16)", "does not hold what the patch changes at line 43"),
-    ("@@ -43", "## -43", "is no line of a patch"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "lost = one_z == 1.0",
+            "lost = one_z == 2.0",
+            "does not give the content that its record names",
+        ),
+        (
+            "     ).to(tl.float32)",
+            "     ).to(tl.float16)",
+            "does not hold what the patch changes at line 43",
+        ),
+        ("@@ -43", "## -43", "is no line of a patch"),
+    ],
+)
 def test_a_damaged_patch_is_refused(wheel, tmp_path_factory, old, new, message):
     damaged = tmp_path_factory.mktemp("patches")
     for path in installation.directory("patches").glob("hash-router*"):
@@ -111,7 +126,11 @@ def test_wrong_names_and_places_are_one_line(tmp_path, capsys):
     assert main(["patch", "check", "--root", str(tmp_path)]) == 2
     assert main(["patch", "list", "--write"]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 3 and "no patch 'pool'; there are" in errors[0] and "not the directory of an sglang" in errors[1]
+    assert (
+        len(errors) == 3
+        and "no patch 'pool'; there are" in errors[0]
+        and "not the directory of an sglang" in errors[1]
+    )
 
 
 @pytest.mark.parametrize("name", PATCHES)
@@ -139,9 +158,16 @@ sys.meta_path.insert(0, Overlay())
 
 
 def run_with(root, program, **environment):
-    """The JSON that `program` prints last, in a process whose sglang takes the files under `root` in place of its own."""
-    ran = subprocess.run([sys.executable, "-c", _OVERLAY + program, str(root)], capture_output=True, text=True, timeout=300,
-                         env={**os.environ, **environment}, cwd=ROOT)
+    """The JSON that `program` prints last, in a process whose sglang takes the files under `root`
+    in place of its own."""
+    ran = subprocess.run(
+        [sys.executable, "-c", _OVERLAY + program, str(root)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+        cwd=ROOT,
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return json.loads(ran.stdout.splitlines()[-1])
 
@@ -168,7 +194,8 @@ print(json.dumps(rows))
 
 
 def test_hash_router_divides_zero_by_zero_until_it_is_patched(wheel):
-    """The host's own Triton kernel, interpreted: NaN once all six logits are below -16.64, right with the patch."""
+    """The host's own Triton kernel, interpreted: NaN once all six logits are below -16.64, right
+    with the patch."""
     before = run_with(wheel, _ROUTE, TRITON_INTERPRET="1")
     assert [finite for finite, _ in before] == [False, False, False, True, True, True]
     after = run_with(patched(wheel, "hash-router-underflow"), _ROUTE, TRITON_INTERPRET="1")
@@ -196,7 +223,12 @@ print(json.dumps([resolved("unset"), resolved(own), resolved(int), open(host.__f
 
 def test_pool_asks_the_platform(wheel):
     assert run_with(wheel, _POOL) == ["KeyError", "KeyError", "KeyError", 1]
-    assert run_with(patched(wheel, "pool-platform-seam"), _POOL) == ["DeepSeekV4TokenToKVPool", "Own", "TypeError", 0]
+    assert run_with(patched(wheel, "pool-platform-seam"), _POOL) == [
+        "DeepSeekV4TokenToKVPool",
+        "Own",
+        "TypeError",
+        0,
+    ]
 
 
 _PIN = """
@@ -236,4 +268,8 @@ print(json.dumps([*found, getattr(AttentionBackend, "supports_draft_extend_graph
 
 def test_draft_backends_come_from_the_registry(wheel):
     assert run_with(wheel, _DRAFT) == ["in-tree", "in-tree", None]
-    assert run_with(patched(wheel, "draft-backends-from-registry"), _DRAFT) == ["ours of draft", "ours of ('draft', 1, 3)", False]
+    assert run_with(patched(wheel, "draft-backends-from-registry"), _DRAFT) == [
+        "ours of draft",
+        "ours of ('draft', 1, 3)",
+        False,
+    ]

@@ -1,4 +1,5 @@
-"""The probe of a loaded model: it passes a sound one and names operator and layer of a broken one."""
+"""The probe of a loaded model: it passes a sound one and names operator and layer of a broken
+one."""
 
 from __future__ import annotations
 
@@ -34,7 +35,11 @@ def use(monkeypatch, operator, run):
     module = types.ModuleType("probed")
     module.run = run
     monkeypatch.setitem(sys.modules, "probed", module)
-    monkeypatch.setattr(Implementation, "unavailable", lambda self: None if self.path == "probed:run" else "not here")
+    monkeypatch.setattr(
+        Implementation,
+        "unavailable",
+        lambda self: None if self.path == "probed:run" else "not here",
+    )
     monkeypatch.setattr(OPERATORS[operator], "implementations", {})
     OPERATORS[operator].add(Implementation("triton", "probed:run"))
     monkeypatch.setenv(f"DSV4_{operator.upper()}", "triton")
@@ -45,8 +50,13 @@ def test_it_samples_every_kind_of_layer_and_the_last(model):
     geometry = model.geometry
     layers = sampled_layers(geometry)
     assert geometry.num_hidden_layers - 1 in layers
-    kinds = {(geometry.compress_ratios[layer], geometry.is_hash_routed(layer)) for layer in range(geometry.num_hidden_layers)}
-    assert {(geometry.compress_ratios[layer], geometry.is_hash_routed(layer)) for layer in layers} == kinds
+    kinds = {
+        (geometry.compress_ratios[layer], geometry.is_hash_routed(layer))
+        for layer in range(geometry.num_hidden_layers)
+    }
+    assert {
+        (geometry.compress_ratios[layer], geometry.is_hash_routed(layer)) for layer in layers
+    } == kinds
     assert len(prompt(geometry)) // 4 > geometry.index_topk
 
 
@@ -55,16 +65,36 @@ def test_references_alone_pass_with_nothing_compared(model):
     assert found.calls == 0 and not found.compared
 
 
-@pytest.mark.parametrize("operator", ["sparse_mla", "compress", "qk_norm_rope_store", "moe", "route", "mhc_post",
-                                      "indexer_logits", "topk_select", "grouped_output"])
+@pytest.mark.parametrize(
+    "operator",
+    [
+        "sparse_mla",
+        "compress",
+        "qk_norm_rope_store",
+        "moe",
+        "route",
+        "mhc_post",
+        "indexer_logits",
+        "topk_select",
+        "grouped_output",
+    ],
+)
 def test_a_sound_implementation_passes_and_is_counted(model, monkeypatch, operator):
-    use(monkeypatch, operator, lambda *args, **kwargs: OPERATORS[operator].reference(*args, **kwargs))
+    use(
+        monkeypatch,
+        operator,
+        lambda *args, **kwargs: OPERATORS[operator].reference(*args, **kwargs),
+    )
     found = probe(model)
     assert found.compared == {operator: "triton"} and found.calls >= 2 and found.worst == 0.0
 
 
 def test_the_host_loads_under_another_default_dtype(model, monkeypatch):
-    use(monkeypatch, "compress", lambda *args, **kwargs: OPERATORS["compress"].reference(*args, **kwargs))
+    use(
+        monkeypatch,
+        "compress",
+        lambda *args, **kwargs: OPERATORS["compress"].reference(*args, **kwargs),
+    )
     torch.set_default_dtype(torch.bfloat16)
     try:
         assert probe(model).calls > 0
@@ -76,6 +106,7 @@ def test_the_host_loads_under_another_default_dtype(model, monkeypatch):
 @pytest.mark.parametrize(("operator", "layer"), [("sparse_mla", 2), ("mhc_pre", 0), ("route", 5)])
 def test_a_broken_one_is_named_with_its_layer(model, monkeypatch, operator, layer):
     """Wrong in one layer only, by 10% of one thing it returns."""
+
     def run(*args, **kwargs):
         result = OPERATORS[operator].reference(*args, **kwargs)
         if HERE.layer != layer:
@@ -84,7 +115,13 @@ def test_a_broken_one_is_named_with_its_layer(model, monkeypatch, operator, laye
 
     assert layer in sampled_layers(model.geometry)
     use(monkeypatch, operator, run)
-    with pytest.raises(ProbeError, match=f"{operator} is wrong in layer {layer} during prefill.*DSV4_{operator.upper()}=reference"):
+    with pytest.raises(
+        ProbeError,
+        match=(
+            f"{operator} is wrong in layer {layer} during"
+            f" prefill.*DSV4_{operator.upper()}=reference"
+        ),
+    ):
         probe(model)
 
 

@@ -16,9 +16,39 @@ from dsv4_plugin.cli import main
 from dsv4_plugin.report import Report, ReportError, Row, default_path, summary, text
 
 ROWS = [
-    Row("moe", "decode", "c4", "1", "bfloat16 x256 on gpu", "triton", 12, {"flydsl": "package flydsl is not installed"}, False),
-    Row("moe", "decode", "c4", "16-31", "bfloat16 x256 on gpu", "triton", 8, {"flydsl": "package flydsl is not installed"}, False),
-    Row("moe", "prefill", "c4", "2048-4095", "bfloat16 x256 on gpu", "reference", 2, {"triton": "over 1024 rows"}, True),
+    Row(
+        "moe",
+        "decode",
+        "c4",
+        "1",
+        "bfloat16 x256 on gpu",
+        "triton",
+        12,
+        {"flydsl": "package flydsl is not installed"},
+        False,
+    ),
+    Row(
+        "moe",
+        "decode",
+        "c4",
+        "16-31",
+        "bfloat16 x256 on gpu",
+        "triton",
+        8,
+        {"flydsl": "package flydsl is not installed"},
+        False,
+    ),
+    Row(
+        "moe",
+        "prefill",
+        "c4",
+        "2048-4095",
+        "bfloat16 x256 on gpu",
+        "reference",
+        2,
+        {"triton": "over 1024 rows"},
+        True,
+    ),
 ]
 
 
@@ -29,7 +59,9 @@ def test_what_is_written_is_read_again(tmp_path):
     assert os.listdir(path.parent) == ["report.json"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"facts": {}, "rows": [{"operator": "moe"}]}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"facts": {}, "rows": [{"operator": "moe"}]}']
+)
 def test_another_file_is_refused_by_name(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_text(content)
@@ -38,10 +70,14 @@ def test_another_file_is_refused_by_name(tmp_path, content):
 
 
 def test_layers_and_shapes_are_joined_only_where_choice_and_reasons_agree():
-    other = Row("moe", "decode", "c128", "1", "bfloat16 x256 on gpu", "triton", 4, ROWS[0].rejected, False)
+    other = Row(
+        "moe", "decode", "c128", "1", "bfloat16 x256 on gpu", "triton", 4, ROWS[0].rejected, False
+    )
     lines = summary([*ROWS, other])
     assert [(line.phase, line.layers, line.rows, line.calls) for line in lines] == [
-        ("decode", ["c4", "c128"], ["1", "16-31"], 24), ("prefill", ["c4"], ["2048-4095"], 2)]
+        ("decode", ["c4", "c128"], ["1", "16-31"], 24),
+        ("prefill", ["c4"], ["2048-4095"], 2),
+    ]
 
 
 def test_table_names_implementation_calls_and_reasons(tmp_path, capsys):
@@ -52,7 +88,10 @@ def test_table_names_implementation_calls_and_reasons(tmp_path, capsys):
     assert printed == text(Report({"device": "gfx950"}, ROWS)) + "\n"
     assert printed.splitlines()[0] == "device: gfx950"
     words = printed.splitlines()[3].split()
-    assert words[:6] == ["moe", "prefill", "c4", "2048-4095", "reference", "2"] and "over 1024 rows" in printed
+    assert (
+        words[:6] == ["moe", "prefill", "c4", "2048-4095", "reference", "2"]
+        and "over 1024 rows" in printed
+    )
     assert main(["active", "--json", "--file", str(path)]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["calls"] == 12
 
@@ -91,10 +130,16 @@ series.set(ROWS, 3)
 
 @pytest.fixture
 def metrics_url(tmp_path):
-    """A server of the host's /metrics route, over series that another process wrote, as a scheduler does."""
+    """A server of the host's /metrics route, over series that another process wrote, as a scheduler
+    does."""
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", _WRITE_SERIES], env=environment, cwd=Path(__file__).parents[2],
-                   check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-c", _WRITE_SERIES],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        check=True,
+        timeout=300,
+    )
     from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 
     registry = CollectorRegistry()
@@ -125,8 +170,12 @@ def test_series_hold_calls_fallbacks_and_compiles(metrics_url, capsys):
     assert read["facts"]["compiled after ready"] == 3
     assert read["facts"]["fell back: moe"] == "triton: over 1024 rows (3 calls)"
     decode = [row for row in read["rows"] if row["phase"] == "decode"]
-    assert {row["rows"] for row in decode} == {"1", "16-31"} and {row["implementation"] for row in decode} == {"triton"}
+    assert {row["rows"] for row in decode} == {"1", "16-31"} and {
+        row["implementation"] for row in decode
+    } == {"triton"}
     assert sum(row["calls"] for row in decode) == 25
     assert main(["active", "--url", url]) == 0
-    words = next(line.split() for line in capsys.readouterr().out.splitlines() if " decode " in line)
+    words = next(
+        line.split() for line in capsys.readouterr().out.splitlines() if " decode " in line
+    )
     assert words == ["moe", "decode", "c4", "1", "16-31", "triton", "25", "-"]

@@ -1,4 +1,5 @@
-"""Tiny checkpoints: in the released format, the same for the same seed, all or nothing, with a tokenizer that chats."""
+"""Tiny checkpoints: in the released format, the same for the same seed, all or nothing, with a
+tokenizer that chats."""
 
 from __future__ import annotations
 
@@ -21,10 +22,17 @@ def contents(directory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"layers": 5, "hidden": 384, "experts": 12, "experts_per_token": 6}, {"expert_dtype": "fp8"}, {"mtp_blocks": 0},
-    {"compress_ratios": [128, 4, 0], "layers": 3},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layers": 5, "hidden": 384, "experts": 12, "experts_per_token": 6},
+        {"expert_dtype": "fp8"},
+        {"mtp_blocks": 0},
+        {"compress_ratios": [128, 4, 0], "layers": 3},
+    ],
+    ids=str,
+)
 def test_files_are_in_the_released_format(tmp_path, options):
     write_tiny(tmp_path / "model", tiny_config(**SMALL | options))
     geometry = Geometry.from_dir(tmp_path / "model")
@@ -35,7 +43,10 @@ def test_files_are_in_the_released_format(tmp_path, options):
 def test_default_has_every_kind_of_layer():
     geometry = Geometry.from_config(tiny_config())
     assert set(geometry.compress_ratios) == {0, 4, 128}
-    assert {geometry.is_hash_routed(layer) for layer in range(geometry.num_hidden_layers)} == {True, False}
+    assert {geometry.is_hash_routed(layer) for layer in range(geometry.num_hidden_layers)} == {
+        True,
+        False,
+    }
 
 
 def test_the_seed_decides_the_bytes(tmp_path):
@@ -58,7 +69,10 @@ def test_shards_hold_the_same_tensors(tmp_path):
     for file in set(index["weight_map"].values()):
         held = load_file(tmp_path / "many" / file)
         assert len(held) == 1 or sum(tensor.nbytes for tensor in held.values()) <= 400_000
-        assert all(torch.equal(tensor.view(torch.uint8), one[name].view(torch.uint8)) for name, tensor in held.items())
+        assert all(
+            torch.equal(tensor.view(torch.uint8), one[name].view(torch.uint8))
+            for name, tensor in held.items()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +83,11 @@ def tensors():
 
 def test_nothing_is_left_at_zero(tensors):
     for name, tensor in tensors.items():
-        values = tensor.view(torch.uint8).float() if tensor.dtype == torch.float8_e8m0fnu else tensor.float()
+        values = (
+            tensor.view(torch.uint8).float()
+            if tensor.dtype == torch.float8_e8m0fnu
+            else tensor.float()
+        )
         assert bool(values.isfinite().all()), name
         # Scales of one or two blocks may be equal; everything else varies.
         assert values.count_nonzero() > 0.5 * values.numel(), name
@@ -82,11 +100,18 @@ def test_hash_tables_name_distinct_experts(tensors):
     assert all(len(set(row)) == 3 for row in table.tolist())
 
 
-@pytest.mark.parametrize("options, named", [
-    ({"hidden": 100}, ["hidden", "100", "128"]), ({"layers": 0}, ["layers", "0"]), ({"experts": 2}, ["3", "2"]),
-    ({"o_groups": 3}, ["o_groups", "3", "8"]), ({"compress_ratios": [0]}, ["1 compress ratios", "6 layers"]),
-    ({"layers": 2, "compress_ratios": [0, 7]}, ["7", "128"]), ({"intermediate": -128}, ["intermediate", "-128"]),
-])
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"hidden": 100}, ["hidden", "100", "128"]),
+        ({"layers": 0}, ["layers", "0"]),
+        ({"experts": 2}, ["3", "2"]),
+        ({"o_groups": 3}, ["o_groups", "3", "8"]),
+        ({"compress_ratios": [0]}, ["1 compress ratios", "6 layers"]),
+        ({"layers": 2, "compress_ratios": [0, 7]}, ["7", "128"]),
+        ({"intermediate": -128}, ["intermediate", "-128"]),
+    ],
+)
 def test_sizes_that_do_not_fit(options, named):
     with pytest.raises(ConfigError) as raised:
         tiny_config(**options)
@@ -139,7 +164,9 @@ def tokenizer(tiny_dir):
     return transformers.AutoTokenizer.from_pretrained(tiny_dir)
 
 
-@pytest.mark.parametrize("text", ["Hello", "  two  spaces\n\ttab", "größer, 你好, 🎉", "<b>&amp;</b> |User|", ""])
+@pytest.mark.parametrize(
+    "text", ["Hello", "  two  spaces\n\ttab", "größer, 你好, 🎉", "<b>&amp;</b> |User|", ""]
+)
 def test_text_survives(tokenizer, text):
     ids = tokenizer.encode(text)
     assert len(ids) == len(text.encode())
@@ -167,13 +194,25 @@ def test_reasoning_marks_are_seen_by_parsers(tokenizer):
 def test_chat_renders_with_the_hosts_encoder(tokenizer):
     """The package that the host renders DeepSeek-V4 chats with, given this tokenizer."""
     recipe = pytest.importorskip("deepseek_recipe")
-    encoding = recipe.DeepseekV4Encoding().with_tokenizer(recipe.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    encoding = recipe.DeepseekV4Encoding().with_tokenizer(
+        recipe.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    )
     for thinking, opener in (("enabled", "<think>"), ("disabled", "</think>")):
-        request = recipe.ChatCompletionRequest({
-            "model": "DeepSeek-V4-Pro", "thinking": {"type": thinking}, "reasoning_effort": "high",
-            "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say <｜User｜>!"}]})
+        request = recipe.ChatCompletionRequest(
+            {
+                "model": "DeepSeek-V4-Pro",
+                "thinking": {"type": thinking},
+                "reasoning_effort": "high",
+                "messages": [
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": "Say <｜User｜>!"},
+                ],
+            }
+        )
         ids = encoding.encode(request.convert(recipe.ConversionOptions()).conversation)
         assert ids[0] == tokenizer.bos_token_id
         # The marker that the user typed is plain text, not a token.
         assert ids.count(special_tokens()["<｜User｜>"]) == 1
-        assert tokenizer.decode(ids).endswith(f"Be brief.<｜User｜>Say <｜User｜>!<｜Assistant｜>{opener}")
+        assert tokenizer.decode(ids).endswith(
+            f"Be brief.<｜User｜>Say <｜User｜>!<｜Assistant｜>{opener}"
+        )

@@ -1,4 +1,5 @@
-"""`dsv4 verify`: it finds what is wrong, on every operator, and says so; and what is compared is what is defined."""
+"""`dsv4 verify`: it finds what is wrong, on every operator, and says so; and what is compared is
+what is defined."""
 
 from __future__ import annotations
 
@@ -22,31 +23,50 @@ DECODE, PREFILL = 1, 2
 def every_case(operator, step=None):
     for model in cases.MODELS:
         sizes = cases.sizes(model, CPU, quick=True)
-        for size in sizes if step is None else sizes[step:step + 1]:
+        for size in sizes if step is None else sizes[step : step + 1]:
             yield from cases.cases(operator, size, CPU, seed=7)
 
 
 @pytest.mark.parametrize("operator", flags.OPERATORS)
 def test_the_reference_agrees_with_itself_on_fresh_equal_data(operator):
-    """0 rows too. Arguments are equal each time, and a call that writes them does not disturb the next."""
+    """0 rows too. Arguments are equal each time, and a call that writes them does not disturb the
+    next."""
     for case in every_case(operator):
-        assert not any(compare.errors(OPERATORS[operator], OPERATORS[operator].reference, case.arguments(), {})[1].values())
+        assert not any(
+            compare.errors(
+                OPERATORS[operator], OPERATORS[operator].reference, case.arguments(), {}
+            )[1].values()
+        )
         results = []
         for _ in range(2):
             arguments = case.arguments()
             result = OPERATORS[operator].reference(*arguments)
-            results.append(compare.outcome(OPERATORS[operator], result, compare.bound(OPERATORS[operator], arguments, {})))
-        assert results[0] and all(torch.equal(results[0][name].nan_to_num(), results[1][name].nan_to_num()) for name in results[0])
+            results.append(
+                compare.outcome(
+                    OPERATORS[operator], result, compare.bound(OPERATORS[operator], arguments, {})
+                )
+            )
+        assert results[0] and all(
+            torch.equal(results[0][name].nan_to_num(), results[1][name].nan_to_num())
+            for name in results[0]
+        )
 
 
 def spoiled(operator):
     """The operator with a mistake a kernel could have: one element of one row, or one index."""
+
     def run(*args, **kwargs):
         if operator in ("qk_norm_rope_store", "compress"):
-            kind = cases.PackedLatentCache if operator == "qk_norm_rope_store" else (cases.PackedLatentCache, cases.PackedIndexCache)
+            kind = (
+                cases.PackedLatentCache
+                if operator == "qk_norm_rope_store"
+                else (cases.PackedLatentCache, cases.PackedIndexCache)
+            )
             cache = next(arg for arg in args if isinstance(arg, kind))
             result = OPERATORS[operator].reference(*args, **kwargs)
-            slots = args[6] if operator == "qk_norm_rope_store" else args[2].slots[args[2].token >= 0]
+            slots = (
+                args[6] if operator == "qk_norm_rope_store" else args[2].slots[args[2].token >= 0]
+            )
             if slots.numel():
                 values = cache.load(slots)
                 values[-1] = values[-1].roll(1)
@@ -61,6 +81,7 @@ def spoiled(operator):
         row = flat[-1]
         row.copy_(row.roll(1, -1) if first.is_floating_point() else row + 1)
         return result
+
     return run
 
 
@@ -71,7 +92,10 @@ def test_one_wrong_row_exceeds_the_tolerance(operator):
         if operator == "compress" and not (arguments[2].token >= 0).any():
             continue
         _, found = compare.errors(OPERATORS[operator], spoiled(operator), arguments, {})
-        assert max(found.values()) > compare.tolerance(operator, arguments[0].dtype).limit, (case.label, found)
+        assert max(found.values()) > compare.tolerance(operator, arguments[0].dtype).limit, (
+            case.label,
+            found,
+        )
 
 
 def test_error_of_rows_of_different_sizes():
@@ -80,9 +104,13 @@ def test_error_of_rows_of_different_sizes():
     assert compare.error(want + torch.tensor([[0.0, 0.0], [0.0, 1.0]]), want) == pytest.approx(1.0)
     assert compare.error(torch.full((2, 2), float("nan")), want) == float("inf")
     masked = torch.tensor([[1.0, float("-inf")]])
-    assert compare.error(torch.tensor([[1.0, float("nan")]]), masked) == 0, "what the reference leaves undefined"
+    assert compare.error(torch.tensor([[1.0, float("nan")]]), masked) == 0, (
+        "what the reference leaves undefined"
+    )
     assert compare.error(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
-    assert compare.error(torch.zeros(0, 4), torch.zeros(0, 4)) == 0 and compare.error(torch.zeros(1), torch.zeros(2)) == float("inf")
+    assert compare.error(torch.zeros(0, 4), torch.zeros(0, 4)) == 0 and compare.error(
+        torch.zeros(1), torch.zeros(2)
+    ) == float("inf")
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +121,8 @@ def interpreter(monkeypatch):
 
 @pytest.fixture
 def router(monkeypatch):
-    """`route` with a `tilelang` that runs on a CPU and, unless mended, gives every token the weights of the next."""
+    """`route` with a `tilelang` that runs on a CPU and, unless mended, gives every token the
+    weights of the next."""
     module = types.ModuleType("routers")
 
     def wrong(*args, **kwargs):
@@ -122,7 +151,8 @@ def test_a_wrong_one_fails_with_its_name_and_what_to_do(router, capsys):
     router("wrong")
     assert main(["verify", "--quick", "--op", "route", "--seed", "5"]) == 1
     out, err = capsys.readouterr()
-    assert "WRONG" in out and "2 of 6 checks passed" in out  # with no rows there is nothing to be wrong
+    # with no rows there is nothing to be wrong
+    assert "WRONG" in out and "2 of 6 checks passed" in out
     assert "route is wrong in tilelang" in err and "set DSV4_ROUTE=reference" in err
 
 
@@ -130,13 +160,18 @@ def test_one_that_raises_does_not_stop_the_others(router, capsys):
     router("broken")
     assert main(["verify", "--quick", "--op", "route", "--json"]) == 1
     results = json.loads(capsys.readouterr().out)["results"]
-    assert len(results) == 6 and all(result["note"] == "RuntimeError: out of LDS" for result in results)
+    assert len(results) == 6 and all(
+        result["note"] == "RuntimeError: out of LDS" for result in results
+    )
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
-    (["--op", "moo"], "no operator 'moo'; did you mean moe?"),
-    (["--arch", "gfx950"], "this machine is cpu, not gfx950"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--op", "moo"], "no operator 'moo'; did you mean moe?"),
+        (["--arch", "gfx950"], "this machine is cpu, not gfx950"),
+    ],
+)
 def test_wrong_input_is_one_line(arguments, named, capsys):
     assert main(["verify", *arguments]) == 2
     assert named in capsys.readouterr().err

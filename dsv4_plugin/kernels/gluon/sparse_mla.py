@@ -1,13 +1,16 @@
-"""Attention over packed latents for gfx950, the walk of kernels/triton/sparse_mla.py with its layouts chosen by hand.
+"""Attention over packed latents for gfx950, the walk of kernels/triton/sparse_mla.py with its
+layouts chosen by hand.
 
-What Triton's own choice costs there, and this avoids (docs/kernels.md): a tile of latents is dequantised once, with
-its scales, by one instruction for two values; it lies in local memory once, read straight for the logits and
-transposed for the values; no wave repeats a product of another; the bytes of the next tile are under way meanwhile.
+What Triton's own choice costs there, and this avoids (docs/kernels.md): a tile of latents is
+dequantised once, with its scales, by one instruction for two values; it lies in local memory once,
+read straight for the logits and transposed for the values; no wave repeats a product of another;
+the bytes of the next tile are under way meanwhile.
 
-Up to 16 heads, the four waves share a tile's slots for the logits and its channels for the values. From 64 heads
-each wave has 16 heads of its own. In between, two by two.
+Up to 16 heads, the four waves share a tile's slots for the logits and its channels for the values.
+From 64 heads each wave has 16 heads of its own. In between, two by two.
 
-Floor of one token in one layer, n slots and h heads: 584 n + 2·1024 h + 256 bytes and 2·1024 n h operations.
+Floor of one token in one layer, n slots and h heads: 584 n + 2·1024 h + 256 bytes and 2·1024 n h
+operations.
 """
 
 from __future__ import annotations
@@ -55,11 +58,22 @@ _TILES = (_Tile(16, 64, True, 8, 4), _Tile(32, 64, True, 8, 2), _Tile(64, 32, Fa
 @gluon.jit
 def _uniform(x):
     """`x`, which is the same in all lanes, as a scalar."""
-    return gl.inline_asm_elementwise("v_readfirstlane_b32 $0, $1", "=s,v", [x], dtype=gl.int32, is_pure=True, pack=1)
+    return gl.inline_asm_elementwise(
+        "v_readfirstlane_b32 $0, $1", "=s,v", [x], dtype=gl.int32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit
-def _tile_slots(tile, end, window_tiles, window_slots_ptr, compressed_slots_ptr, window_count, compressed_count, place):
+def _tile_slots(
+    tile,
+    end,
+    window_tiles,
+    window_slots_ptr,
+    compressed_slots_ptr,
+    window_count,
+    compressed_count,
+    place,
+):
     """Slots int32 of a tile, -1 where there are none: past the list, and in tiles from `end` on."""
     there = tile < end
     tile = gl.minimum(tile, end - 1)  # a list that no tile is of may be no memory at all
@@ -72,10 +86,23 @@ def _tile_slots(tile, end, window_tiles, window_slots_ptr, compressed_slots_ptr,
 
 
 @gluon.jit
-def _tile_bytes(tile, slot, window_tiles, window_ptr, compressed_ptr, zero_ptr, window_page_bytes,
-                compressed_page_bytes, word, channel, WINDOW_PAGE: gl.constexpr, COMPRESSED_PAGE: gl.constexpr):
-    """What the slots of a tile hold, as a tuple: 7 blocks of 16 words of 4 nope bytes, the rope channels, the scale
-    bytes as one int64 a slot, and what to add to logits: 0, or -inf for absent slots, which read zeros."""
+def _tile_bytes(
+    tile,
+    slot,
+    window_tiles,
+    window_ptr,
+    compressed_ptr,
+    zero_ptr,
+    window_page_bytes,
+    compressed_page_bytes,
+    word,
+    channel,
+    WINDOW_PAGE: gl.constexpr,
+    COMPRESSED_PAGE: gl.constexpr,
+):
+    """What the slots of a tile hold, as a tuple: 7 blocks of 16 words of 4 nope bytes, the rope
+    channels, the scale bytes as one int64 a slot, and what to add to logits: 0, or -inf for absent
+    slots, which read zeros."""
     WINDOW_SHIFT: gl.constexpr = WINDOW_PAGE.bit_length() - 1
     COMPRESSED_SHIFT: gl.constexpr = COMPRESSED_PAGE.bit_length() - 1
     in_window = tile < window_tiles
@@ -83,10 +110,16 @@ def _tile_bytes(tile, slot, window_tiles, window_ptr, compressed_ptr, zero_ptr, 
     page = slot >> gl.where(in_window, WINDOW_SHIFT, COMPRESSED_SHIFT)
     page_bytes = gl.where(in_window, window_page_bytes, compressed_page_bytes).to(gl.int64)
     present = slot >= 0
-    page = gl.where(present, gl.where(in_window, window_ptr, compressed_ptr) + page.to(gl.int64) * page_bytes, zero_ptr)
+    page = gl.where(
+        present,
+        gl.where(in_window, window_ptr, compressed_ptr) + page.to(gl.int64) * page_bytes,
+        zero_ptr,
+    )
     slot = slot & (page_slots - 1)
     data = gl.multiple_of(page + slot * _DATA_BYTES, 16)
-    scales = gl.load((page + (page_slots * _DATA_BYTES + slot * _SCALE_BYTES)).to(gl.pointer_type(gl.int64)))
+    scales = gl.load(
+        (page + (page_slots * _DATA_BYTES + slot * _SCALE_BYTES)).to(gl.pointer_type(gl.int64))
+    )
     words = gl.convert_layout(data, gl.SliceLayout(1, word.type.layout.parent), assert_trivial=True)
     words = words.to(gl.pointer_type(gl.int32))[:, None] + word[None, :]
     blocks = ()
@@ -98,27 +131,36 @@ def _tile_bytes(tile, slot, window_tiles, window_ptr, compressed_ptr, zero_ptr, 
 
 @gluon.jit
 def _dequantised(words, scales, block: gl.constexpr, LOAD: gl.constexpr):
-    """bf16 [slots, 64] of a block's words int32 [slots, 16]: e4m3 times 2^(scale byte - 127), exactly."""
+    """bf16 [slots, 64] of a block's words int32 [slots, 16]: e4m3 times 2^(scale byte - 127),
+    exactly."""
     even = gl.join((words & 0xFF).to(gl.uint8), ((words >> 16) & 0xFF).to(gl.uint8))
     odd = gl.join(((words >> 8) & 0xFF).to(gl.uint8), ((words >> 24) & 0xFF).to(gl.uint8))
     raw = gl.reshape(gl.join(even, odd), [words.shape[0], _BLOCK])
     raw = gl.convert_layout(raw, LOAD, assert_trivial=True).to(gl.float8e4nv, bitcast=True)
     scale = ((scales >> (8 * block)) & 0xFF).to(gl.uint8)
-    return gl.amd.cdna4.scaled_upcast(raw, gl.expand_dims(scale, 1).broadcast_to(raw.shape), gl.bfloat16)
+    return gl.amd.cdna4.scaled_upcast(
+        raw, gl.expand_dims(scale, 1).broadcast_to(raw.shape), gl.bfloat16
+    )
 
 
 @gluon.jit
 def _row_maximum(logits, shared, MMA: gl.constexpr):
-    """Maximum [heads] of `logits` [heads, slots]. With 16 heads the waves hold different slots and exchange the
-    maxima of their lanes, 16 a head, through `shared`."""
+    """Maximum [heads] of `logits` [heads, slots]. With 16 heads the waves hold different slots and
+    exchange the maxima of their lanes, 16 a head, through `shared`."""
     heads: gl.constexpr = logits.shape[0]
     slots: gl.constexpr = logits.shape[1]
     if heads == 16:
         ALL: gl.constexpr = gl.DistributedLinearLayout(
-            [[0, 1], [0, 2], [0, 4], [0, 8]], [[1, 0], [2, 0], [4, 0], [8, 0], [0, 0], [0, 0]], [[0, 0], [0, 0]], [],
-            [16, 16])
+            [[0, 1], [0, 2], [0, 4], [0, 8]],
+            [[1, 0], [2, 0], [4, 0], [8, 0], [0, 0], [0, 0]],
+            [[0, 0], [0, 0]],
+            [],
+            [16, 16],
+        )
         shared.store(gl.max(gl.reshape(logits, [heads, slots // 4, 4]), 2))
-        return gl.convert_layout(gl.max(shared.load(ALL), 1), gl.SliceLayout(1, MMA), assert_trivial=True)
+        return gl.convert_layout(
+            gl.max(shared.load(ALL), 1), gl.SliceLayout(1, MMA), assert_trivial=True
+        )
     else:
         return gl.max(logits, 1)
 
@@ -152,7 +194,8 @@ def _logits(q, tile, CHUNK: gl.constexpr, SUMS: gl.constexpr, MMA: gl.constexpr,
 
 @gluon.jit
 def _rotated_back(x, cos_ptr, sin_ptr):
-    """fp32 `x` [heads, 64] times cos - i·sin, 32 each: of a pair (2i, 2i+1) of channels both are in one lane."""
+    """fp32 `x` [heads, 64] times cos - i·sin, 32 each: of a pair (2i, 2i+1) of channels both are in
+    one lane."""
     real, imaginary = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
     pair = gl.arange(0, real.shape[1], gl.SliceLayout(0, real.type.layout))
     cos, sin = gl.load(cos_ptr + pair)[None, :], gl.load(sin_ptr + pair)[None, :]
@@ -161,20 +204,51 @@ def _rotated_back(x, cos_ptr, sin_ptr):
 
 
 @gluon.jit
-def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, cos_ptr, sin_ptr, zero_ptr, window_ptr, window_slots_ptr, compressed_ptr,
-            compressed_slots_ptr, window_count, compressed_count, window_page_bytes, compressed_page_bytes, heads,
-            scale_log2, sink_scale, WINDOW_PAGE: gl.constexpr, COMPRESSED_PAGE: gl.constexpr, BLOCK_H: gl.constexpr,
-            BLOCK_K: gl.constexpr, SPLITS: gl.constexpr, TILES: gl.constexpr, AHEAD: gl.constexpr, CHUNK: gl.constexpr,
-            SUMS: gl.constexpr, WARPS: gl.constexpr):
-    """One split of BLOCK_H heads of one token: the output, or its part and base-2 log-sum-exp when SPLITS > 1."""
+def _attend(
+    q_ptr,
+    out_ptr,
+    lse_ptr,
+    sink_ptr,
+    cos_ptr,
+    sin_ptr,
+    zero_ptr,
+    window_ptr,
+    window_slots_ptr,
+    compressed_ptr,
+    compressed_slots_ptr,
+    window_count,
+    compressed_count,
+    window_page_bytes,
+    compressed_page_bytes,
+    heads,
+    scale_log2,
+    sink_scale,
+    WINDOW_PAGE: gl.constexpr,
+    COMPRESSED_PAGE: gl.constexpr,
+    BLOCK_H: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    SPLITS: gl.constexpr,
+    TILES: gl.constexpr,
+    AHEAD: gl.constexpr,
+    CHUNK: gl.constexpr,
+    SUMS: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """One split of BLOCK_H heads of one token: the output, or its part and base-2 log-sum-exp when
+    SPLITS > 1."""
     WIDE: gl.constexpr = BLOCK_K // WARPS  # bytes a lane fetches of a slot's block
-    MMA: gl.constexpr = gl.amd.AMDMFMALayout(version=4, instr_shape=[16, 16, 32], transposed=True,
-                                             warps_per_cta=[BLOCK_H // 16, WARPS * 16 // BLOCK_H])
+    MMA: gl.constexpr = gl.amd.AMDMFMALayout(
+        version=4,
+        instr_shape=[16, 16, 32],
+        transposed=True,
+        warps_per_cta=[BLOCK_H // 16, WARPS * 16 // BLOCK_H],
+    )
     LOAD: gl.constexpr = gl.BlockedLayout([1, WIDE], [WIDE, 64 // WIDE], [WARPS, 1], [1, 0])
     WORDS: gl.constexpr = gl.BlockedLayout([1, WIDE // 4], [WIDE, 64 // WIDE], [WARPS, 1], [1, 0])
     QUERY: gl.constexpr = gl.BlockedLayout([1, 8], [8, 8], [WARPS, 1], [1, 0])
     KEY: gl.constexpr = gl.DotOperandLayout(1, MMA, 8)
-    # When a wave has all slots of its heads, 4 to a lane are the probabilities where the product left them.
+    # When a wave has all slots of its heads, 4 to a lane are the probabilities where the product
+    # left them.
     DEPTH: gl.constexpr = 4 if BLOCK_H == 16 * WARPS else 8
     PROBABILITY: gl.constexpr = gl.DotOperandLayout(0, MMA, DEPTH)
     VALUE: gl.constexpr = gl.DotOperandLayout(1, MMA, DEPTH)
@@ -194,22 +268,35 @@ def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, cos_ptr, sin_ptr, zero_ptr, windo
         if start >= end:
             head = gl.program_id(1) * BLOCK_H + gl.arange(0, BLOCK_H, ROW)
             row = (token * heads + head) * SPLITS + split
-            gl.store(lse_ptr + row, gl.full([BLOCK_H], float("-inf"), gl.float32, ROW), mask=head < heads)
+            gl.store(
+                lse_ptr + row, gl.full([BLOCK_H], float("-inf"), gl.float32, ROW), mask=head < heads
+            )
             return
 
     # Swizzled so that neither 16 slots of one channel block nor 4 whole slots meet in a bank.
     if BLOCK_H == 16 * WARPS:
-        TILE: gl.constexpr = gl.PaddedSharedLayout.with_identity_for([[_BLOCK, 8]], [BLOCK_K, _BLOCK], [1, 0])
+        TILE: gl.constexpr = gl.PaddedSharedLayout.with_identity_for(
+            [[_BLOCK, 8]], [BLOCK_K, _BLOCK], [1, 0]
+        )
     else:
         TILE: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 8, [1, 0])
     tile_memory = ()  # a piece a block: the compiler puts a barrier between two stores to one
     for block in gl.static_range(_BLOCKS):
-        tile_memory = tile_memory + (gl.allocate_shared_memory(gl.bfloat16, [BLOCK_K, _BLOCK], TILE),)
-    absent_memory = gl.allocate_shared_memory(gl.float32, [BLOCK_K], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    maximum_memory = gl.allocate_shared_memory(gl.float32, [BLOCK_H, BLOCK_K // 4],
-                                               gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        tile_memory = tile_memory + (
+            gl.allocate_shared_memory(gl.bfloat16, [BLOCK_K, _BLOCK], TILE),
+        )
+    absent_memory = gl.allocate_shared_memory(
+        gl.float32, [BLOCK_K], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    maximum_memory = gl.allocate_shared_memory(
+        gl.float32, [BLOCK_H, BLOCK_K // 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    )
     q_head = gl.program_id(1) * BLOCK_H + gl.arange(0, BLOCK_H, gl.SliceLayout(1, QUERY))
-    q_row = q_ptr + (token * heads + q_head)[:, None] * _DIM + gl.arange(0, _BLOCK, gl.SliceLayout(0, QUERY))[None, :]
+    q_row = (
+        q_ptr
+        + (token * heads + q_head)[:, None] * _DIM
+        + gl.arange(0, _BLOCK, gl.SliceLayout(0, QUERY))[None, :]
+    )
     q, o = (), ()
     for block in gl.static_range(_BLOCKS):
         part = gl.load(q_row + block * _BLOCK, mask=(q_head < heads)[:, None], other=0.0)
@@ -222,34 +309,104 @@ def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, cos_ptr, sin_ptr, zero_ptr, windo
     place = gl.arange(0, BLOCK_K, gl.SliceLayout(1, LOAD))
     channel = gl.arange(0, _BLOCK, gl.SliceLayout(0, LOAD))
     word = gl.arange(0, _BLOCK // 4, gl.SliceLayout(0, WORDS))
-    slot = _tile_slots(start, end, window_tiles, window_slots_ptr, compressed_slots_ptr, window_count, compressed_count,
-                       place)
+    slot = _tile_slots(
+        start,
+        end,
+        window_tiles,
+        window_slots_ptr,
+        compressed_slots_ptr,
+        window_count,
+        compressed_count,
+        place,
+    )
     if AHEAD:
-        got = _tile_bytes(start, slot, window_tiles, window_ptr, compressed_ptr, zero_ptr, window_page_bytes,
-                          compressed_page_bytes, word, channel, WINDOW_PAGE, COMPRESSED_PAGE)
-        slot = _tile_slots(start + 1, end, window_tiles, window_slots_ptr, compressed_slots_ptr, window_count,
-                           compressed_count, place)
+        got = _tile_bytes(
+            start,
+            slot,
+            window_tiles,
+            window_ptr,
+            compressed_ptr,
+            zero_ptr,
+            window_page_bytes,
+            compressed_page_bytes,
+            word,
+            channel,
+            WINDOW_PAGE,
+            COMPRESSED_PAGE,
+        )
+        slot = _tile_slots(
+            start + 1,
+            end,
+            window_tiles,
+            window_slots_ptr,
+            compressed_slots_ptr,
+            window_count,
+            compressed_count,
+            place,
+        )
     for tile in range(start, end):
         if not AHEAD:
-            got = _tile_bytes(tile, slot, window_tiles, window_ptr, compressed_ptr, zero_ptr, window_page_bytes,
-                              compressed_page_bytes, word, channel, WINDOW_PAGE, COMPRESSED_PAGE)
-            slot = _tile_slots(tile + 1, end, window_tiles, window_slots_ptr, compressed_slots_ptr, window_count,
-                               compressed_count, place)
+            got = _tile_bytes(
+                tile,
+                slot,
+                window_tiles,
+                window_ptr,
+                compressed_ptr,
+                zero_ptr,
+                window_page_bytes,
+                compressed_page_bytes,
+                word,
+                channel,
+                WINDOW_PAGE,
+                COMPRESSED_PAGE,
+            )
+            slot = _tile_slots(
+                tile + 1,
+                end,
+                window_tiles,
+                window_slots_ptr,
+                compressed_slots_ptr,
+                window_count,
+                compressed_count,
+                place,
+            )
         for block in gl.static_range(_NOPE_BLOCKS):
             tile_memory[block].store(_dequantised(got[block], got[_NOPE_BLOCKS + 1], block, LOAD))
         tile_memory[_NOPE_BLOCKS].store(got[_NOPE_BLOCKS])
         absent_memory.store(got[_NOPE_BLOCKS + 2])
         if AHEAD:
-            got = _tile_bytes(tile + 1, slot, window_tiles, window_ptr, compressed_ptr, zero_ptr, window_page_bytes,
-                              compressed_page_bytes, word, channel, WINDOW_PAGE, COMPRESSED_PAGE)
-            slot = _tile_slots(tile + 2, end, window_tiles, window_slots_ptr, compressed_slots_ptr, window_count,
-                               compressed_count, place)
+            got = _tile_bytes(
+                tile + 1,
+                slot,
+                window_tiles,
+                window_ptr,
+                compressed_ptr,
+                zero_ptr,
+                window_page_bytes,
+                compressed_page_bytes,
+                word,
+                channel,
+                WINDOW_PAGE,
+                COMPRESSED_PAGE,
+            )
+            slot = _tile_slots(
+                tile + 2,
+                end,
+                window_tiles,
+                window_slots_ptr,
+                compressed_slots_ptr,
+                window_count,
+                compressed_count,
+                place,
+            )
         logits = _logits(q, tile_memory, CHUNK, SUMS, MMA, KEY) * scale_log2
         logits = logits + absent_memory.load(gl.SliceLayout(0, MMA))[None, :]
         new_amax = gl.maximum(amax, _row_maximum(logits, maximum_memory, MMA))
         p = gl.exp2(logits - new_amax[:, None])
         decay = gl.exp2(amax - new_amax)
-        total = total * gl.convert_layout(decay, LANE_ROW, assert_trivial=True)[:, None] + _lane_sums(p)
+        total = total * gl.convert_layout(decay, LANE_ROW, assert_trivial=True)[
+            :, None
+        ] + _lane_sums(p)
         p = gl.convert_layout(p.to(gl.bfloat16), PROBABILITY)
         updated = ()
         for block in gl.static_range(_BLOCKS):
@@ -262,7 +419,11 @@ def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, cos_ptr, sin_ptr, zero_ptr, windo
     row = (token * heads + head) * SPLITS + split
     if SPLITS > 1:
         some = gl.where(denominator > 0, denominator, 1.0)
-        gl.store(lse_ptr + row, gl.where(denominator > 0, amax + gl.log2(some), float("-inf")), mask=head < heads)
+        gl.store(
+            lse_ptr + row,
+            gl.where(denominator > 0, amax + gl.log2(some), float("-inf")),
+            mask=head < heads,
+        )
         part = 1.0 / some
     else:
         at = token * (_BLOCK // 2)
@@ -273,16 +434,19 @@ def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, cos_ptr, sin_ptr, zero_ptr, windo
         part = weight / (denominator * weight + gl.exp2(sink - highest))
     out_row = out_ptr + row[:, None] * _DIM + gl.arange(0, _BLOCK, gl.SliceLayout(0, MMA))[None, :]
     for block in gl.static_range(_BLOCKS):
-        gl.store(out_row + block * _BLOCK, (o[block] * part[:, None]).to(out_ptr.dtype.element_ty),
-                 mask=(head < heads)[:, None])
+        gl.store(
+            out_row + block * _BLOCK,
+            (o[block] * part[:, None]).to(out_ptr.dtype.element_ty),
+            mask=(head < heads)[:, None],
+        )
 
 
 _zero_pages: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _zero_page(device: torch.device, size: int) -> Tensor:
-    """A page of zeros, which absent slots are read from. It is kept, except while a graph is captured, whose memory
-    other work must not read."""
+    """A page of zeros, which absent slots are read from. It is kept, except while a graph is
+    captured, whose memory other work must not read."""
     if (device, size) in _zero_pages:
         return _zero_pages[device, size]
     page = torch.zeros(size, dtype=torch.uint8, device=device)
@@ -291,9 +455,19 @@ def _zero_page(device: torch.device, size: int) -> Tensor:
     return page
 
 
-def sparse_mla(q: Tensor, window_cache: PackedLatentCache, window: Tensor, compressed_cache: PackedLatentCache | None,
-               compressed: Tensor | None, sink: Tensor, softmax_scale: float, cos: Tensor, sin: Tensor) -> Tensor:
-    """The operator (ops/sparse_mla.py) on gfx950 for bf16 `q` and packed caches of 2^n slots a page.
+def sparse_mla(
+    q: Tensor,
+    window_cache: PackedLatentCache,
+    window: Tensor,
+    compressed_cache: PackedLatentCache | None,
+    compressed: Tensor | None,
+    sink: Tensor,
+    softmax_scale: float,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """The operator (ops/sparse_mla.py) on gfx950 for bf16 `q` and packed caches of 2^n slots a
+    page.
 
     In a row of `compressed` no slot follows a -1. `window` has at least one column.
     """
@@ -314,12 +488,38 @@ def sparse_mla(q: Tensor, window_cache: PackedLatentCache, window: Tensor, compr
         lse = q.new_empty(tokens, heads, splits, dtype=torch.float32)
     zero = _zero_page(q.device, max(window_cache.pages.shape[1], compressed_cache.pages.shape[1]))
     _attend[(tokens, head_blocks, splits)](
-        q.contiguous(), part, lse, sink, cos, sin, zero, window_cache.pages, window.contiguous(), compressed_cache.pages,
-        compressed.contiguous(), window.shape[1], compressed.shape[1], window_cache.pages.stride(0),
-        compressed_cache.pages.stride(0), heads, softmax_scale * LOG2_E, LOG2_E,
-        WINDOW_PAGE=window_cache.slots_per_page, COMPRESSED_PAGE=compressed_cache.slots_per_page, BLOCK_H=tile.heads,
-        BLOCK_K=tile.slots, SPLITS=splits, TILES=max(TILES, triton.next_power_of_2(compressed_tiles)),
-        AHEAD=tile.ahead, CHUNK=tile.chunk, SUMS=tile.sums, WARPS=_WARPS, num_warps=_WARPS)
+        q.contiguous(),
+        part,
+        lse,
+        sink,
+        cos,
+        sin,
+        zero,
+        window_cache.pages,
+        window.contiguous(),
+        compressed_cache.pages,
+        compressed.contiguous(),
+        window.shape[1],
+        compressed.shape[1],
+        window_cache.pages.stride(0),
+        compressed_cache.pages.stride(0),
+        heads,
+        softmax_scale * LOG2_E,
+        LOG2_E,
+        WINDOW_PAGE=window_cache.slots_per_page,
+        COMPRESSED_PAGE=compressed_cache.slots_per_page,
+        BLOCK_H=tile.heads,
+        BLOCK_K=tile.slots,
+        SPLITS=splits,
+        TILES=max(TILES, triton.next_power_of_2(compressed_tiles)),
+        AHEAD=tile.ahead,
+        CHUNK=tile.chunk,
+        SUMS=tile.sums,
+        WARPS=_WARPS,
+        num_warps=_WARPS,
+    )
     if splits > 1:
-        combine[(tokens * heads,)](part, lse, sink, cos, sin, out, heads, SPLITS=splits, num_warps=4)
+        combine[(tokens * heads,)](
+            part, lse, sink, cos, sin, out, heads, SPLITS=splits, num_warps=4
+        )
     return out

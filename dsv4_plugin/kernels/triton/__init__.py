@@ -1,1 +1,2 @@
-"""Kernels in Triton, for every architecture it compiles for, and for the CPU under TRITON_INTERPRET=1."""
+"""Kernels in Triton, for every architecture it compiles for, and for the CPU under
+TRITON_INTERPRET=1."""

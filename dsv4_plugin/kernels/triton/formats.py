@@ -1,7 +1,7 @@
 """Roundings of dsv4_plugin/formats.py as device functions: bf16, FP8 e4m3 and power-of-two scales.
 
-The interpreter truncates fp32 to bf16 and gets some carries of fp32 to FP8 wrong, so there the same rounding, to
-nearest even, is done on the bits; compiled code uses the hardware's conversions.
+The interpreter truncates fp32 to bf16 and gets some carries of fp32 to FP8 wrong, so there the same
+rounding, to nearest even, is done on the bits; compiled code uses the hardware's conversions.
 """
 
 import triton
@@ -33,17 +33,22 @@ def round_to_bf16(x):
 def fp8_to_fp32(byte):
     """fp32 of finite e4m3 `byte` (uint8), on the bits, which costs the same on every architecture.
 
-    e4m3's exponent and mantissa at the top of an fp32 magnitude are the value times 2^(7 - 127), subnormals included.
+    e4m3's exponent and mantissa at the top of an fp32 magnitude are the value times 2^(7 - 127),
+    subnormals included.
     """
     bits = byte.to(tl.int32)
-    return (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(
+        tl.float32, bitcast=True
+    ) * 1.329227995784916e36
 
 
 @triton.jit
 def fp8_scale(amax):
-    """(scale, 1 / scale, ue8m0 byte) of the power of two 2^ceil(log2(max(amax, 1e-4) / 448)), as quantize_fp8 has it.
+    """(scale, 1 / scale, ue8m0 byte) of the power of two 2^ceil(log2(max(amax, 1e-4) / 448)), as
+    quantize_fp8 has it.
 
-    448 = 1.75 · 2^8, so amax = m · 2^e needs 2^(e-8), or one more when m > 1.75: no division, no logarithm.
+    448 = 1.75 · 2^8, so amax = m · 2^e needs 2^(e-8), or one more when m > 1.75: no division, no
+    logarithm.
     """
     bits = tl.maximum(amax, _AMAX_FLOOR).to(tl.int32, bitcast=True)
     exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)

@@ -1,7 +1,8 @@
 """Per-head query norm and RoPE; latent norm, RoPE, FP8 quantisation and paged store: one launch.
 
-Byte floor a token: 2048·h for the queries (bf16 read and written), 1024 for the latent read, 583 for its slot, 256
-for cos and sin. Everything is read and written once, so the kernel moves its floor.
+Byte floor a token: 2048·h for the queries (bf16 read and written), 1024 for the latent read, 583
+for its slot, 256 for cos and sin. Everything is read and written once, so the kernel moves its
+floor.
 """
 
 from __future__ import annotations
@@ -30,9 +31,25 @@ def _norm_rope_heads(q, out, cos, sin, token, first_head, heads, eps, BLOCK_HEAD
 
 
 @triton.jit
-def qk_norm_rope_store_kernel(q, out, kv, kv_weight, cos, sin, slots, pages, rope_pages, page_bytes, kv_stride, heads,
-                              eps, SLOTS: tl.constexpr, BLOCK_HEADS: tl.constexpr):
-    """Grid (T, 1 + ceil(heads / BLOCK_HEADS)): the first program of a token takes its latent, the others heads."""
+def qk_norm_rope_store_kernel(
+    q,
+    out,
+    kv,
+    kv_weight,
+    cos,
+    sin,
+    slots,
+    pages,
+    rope_pages,
+    page_bytes,
+    kv_stride,
+    heads,
+    eps,
+    SLOTS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+):
+    """Grid (T, 1 + ceil(heads / BLOCK_HEADS)): the first program of a token takes its latent, the
+    others heads."""
     token = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) == 0:
         at = tl.arange(0, 8)[:, None] * (_DIM // 8) + tl.arange(0, _DIM // 8)[None, :]
@@ -40,11 +57,21 @@ def qk_norm_rope_store_kernel(q, out, kv, kv_weight, cos, sin, slots, pages, rop
         x = norm_and_rotate(x, kv_weight, eps, cos, sin, token, _DIM)
         store_latent(x, tl.load(slots + token), pages, rope_pages, page_bytes, SLOTS)
     else:
-        _norm_rope_heads(q, out, cos, sin, token, (tl.program_id(1) - 1) * BLOCK_HEADS, heads, eps, BLOCK_HEADS)
+        _norm_rope_heads(
+            q, out, cos, sin, token, (tl.program_id(1) - 1) * BLOCK_HEADS, heads, eps, BLOCK_HEADS
+        )
 
 
-def qk_norm_rope_store(q: Tensor, kv: Tensor, kv_weight: Tensor, eps: float, cos: Tensor, sin: Tensor,
-                       slots: Tensor, cache: PackedLatentCache) -> Tensor:
+def qk_norm_rope_store(
+    q: Tensor,
+    kv: Tensor,
+    kv_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    cache: PackedLatentCache,
+) -> Tensor:
     """The operator of the same name for bf16 `q` and `kv` and a packed cache."""
     tokens, heads, _ = q.shape
     q = q.contiguous()
@@ -53,6 +80,21 @@ def qk_norm_rope_store(q: Tensor, kv: Tensor, kv_weight: Tensor, eps: float, cos
         block = min(_HEADS_A_PROGRAM, triton.next_power_of_2(heads))
         pages = cache.pages
         qk_norm_rope_store_kernel[(tokens, 1 + triton.cdiv(heads, block))](
-            q, out, kv, kv_weight, cos, sin, slots, pages, pages.view(torch.bfloat16), pages.stride(0), kv.stride(0),
-            heads, eps, SLOTS=cache.slots_per_page, BLOCK_HEADS=block, num_warps=4)
+            q,
+            out,
+            kv,
+            kv_weight,
+            cos,
+            sin,
+            slots,
+            pages,
+            pages.view(torch.bfloat16),
+            pages.stride(0),
+            kv.stride(0),
+            heads,
+            eps,
+            SLOTS=cache.slots_per_page,
+            BLOCK_HEADS=block,
+            num_warps=4,
+        )
     return out

@@ -1,8 +1,9 @@
 """Indexer queries: RoPE, 128-point Hadamard rotation and FP8 in one launch.
 
-The rotation is a product with a 64-point matrix of ±1, made in registers, and one butterfly: bf16 products with ±1 are
-exact, so only the order of the fp32 sums differs from butterflies all through, and the matrix units do it. Byte floor a
-token of n heads: 256·n for the queries read, 128·n written, 8·n for the weights, 256 for cos and sin.
+The rotation is a product with a 64-point matrix of ±1, made in registers, and one butterfly: bf16
+products with ±1 are exact, so only the order of the fp32 sums differs from butterflies all through,
+and the matrix units do it. Byte floor a token of n heads: 256·n for the queries read, 128·n
+written, 8·n for the weights, 256 for cos and sin.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _HADAMARD_SCALE = tl.constexpr(128**-0.5)
 
 @triton.jit
 def _hadamard_rows(x, ROWS: tl.constexpr):
-    """Unscaled transform of the 128 channels of fp32 `x` [ROWS, 128], rounded to bf16: 64 points a half, then 2."""
+    """Unscaled transform of the 128 channels of fp32 `x` [ROWS, 128], rounded to bf16: 64 points a
+    half, then 2."""
     i = tl.arange(0, 64)
     sign = hadamard_sign(i[:, None], i[None, :])
     x = tl.reshape(x, (2 * ROWS, 64))
@@ -35,7 +37,9 @@ def _hadamard_rows(x, ROWS: tl.constexpr):
 
 
 @triton.jit
-def rope_hadamard_quant_kernel(q, weights, cos, sin, out, out_weights, rows, heads, BLOCK_ROWS: tl.constexpr):
+def rope_hadamard_quant_kernel(
+    q, weights, cos, sin, out, out_weights, rows, heads, BLOCK_ROWS: tl.constexpr
+):
     """Grid (ceil(T·heads / BLOCK_ROWS)): a row is one head of one token."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = tl.arange(0, _DIM)
@@ -51,7 +55,9 @@ def rope_hadamard_quant_kernel(q, weights, cos, sin, out, out_weights, rows, hea
     tl.store(out_weights + row, weight * scale, mask=inside)
 
 
-def rope_hadamard_quant(q: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, rounding: str) -> tuple[Tensor, Tensor]:
+def rope_hadamard_quant(
+    q: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, rounding: str
+) -> tuple[Tensor, Tensor]:
     """The operator of the same name for bf16 `q` and `rounding` "fp8"."""
     q, weights = q.contiguous(), weights.contiguous()
     out = torch.empty(q.shape, dtype=torch.float8_e4m3fn, device=q.device)
@@ -59,6 +65,15 @@ def rope_hadamard_quant(q: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, ro
     rows = weights.numel()
     if rows:
         rope_hadamard_quant_kernel[(triton.cdiv(rows, _BLOCK_ROWS),)](
-            q, weights, cos, sin, out.view(torch.uint8), out_weights, rows, q.shape[1], BLOCK_ROWS=_BLOCK_ROWS,
-            num_warps=4)
+            q,
+            weights,
+            cos,
+            sin,
+            out.view(torch.uint8),
+            out_weights,
+            rows,
+            q.shape[1],
+            BLOCK_ROWS=_BLOCK_ROWS,
+            num_warps=4,
+        )
     return out, out_weights

@@ -1,11 +1,14 @@
-"""Attention over packed latents by slot lists, gather, dequantisation and softmax in one pass (docs/kernels.md).
+"""Attention over packed latents by slot lists, gather, dequantisation and softmax in one pass
+(docs/kernels.md).
 
-A program takes BLOCK_H heads of one token and walks its slots in tiles of BLOCK_K. A latent is key and value, so a
-tile is fetched and dequantised once and used for both products. When tokens and heads alone do not fill the device,
-the tiles of a token are split over programs and a second kernel combines them. Whichever finishes a head rotates its last
-64 channels back in registers, before the one rounding.
+A program takes BLOCK_H heads of one token and walks its slots in tiles of BLOCK_K. A latent is key
+and value, so a tile is fetched and dequantised once and used for both products. When tokens and
+heads alone do not fill the device, the tiles of a token are split over programs and a second kernel
+combines them. Whichever finishes a head rotates its last 64 channels back in registers, before the
+one rounding.
 
-Floor of one token in one layer, n slots and h heads: 584 n + 2·1024 h + 256 bytes and 2·1024 n h operations.
+Floor of one token in one layer, n slots and h heads: 584 n + 2·1024 h + 256 bytes and 2·1024 n h
+operations.
 """
 
 from __future__ import annotations
@@ -26,10 +29,12 @@ from .formats import INTERPRETED, fp8_to_fp32, to_bf16
 
 LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 32
-# A tile's step is about 1.2 µs (700 llvm-mca cycles of 4 clocks at 2.4 GHz), a part's 2·2056 bytes 0.7 ns at 6 TB/s. Not
-# measured.
+# A tile's step is about 1.2 µs (700 llvm-mca cycles of 4 clocks at 2.4 GHz), a part's 2·2056 bytes
+# 0.7 ns at 6 TB/s. Not measured.
 _PARTS_A_TILE = 1750
-TILES = 256  # tiles of a row that its length is read from in one load: 8192 slots of the 32-slot tile, 1 M tokens of c128
+# tiles of a row that its length is read from in one load: 8192 slots of the 32-slot tile, 1 M
+# tokens of c128
+TILES = 256
 
 _DATA_BYTES = tl.constexpr(LATENT_DATA_BYTES)
 _SCALE_BYTES = tl.constexpr(LATENT_SCALE_BYTES)
@@ -39,7 +44,8 @@ _BLOCK = tl.constexpr(SCALE_BLOCK)
 _LOG2E = tl.constexpr(LOG2_E)
 _BLOCKS = tl.constexpr(LATENT_DIM // SCALE_BLOCK)
 _NOPE_BLOCKS = tl.constexpr(NOPE_DIM // SCALE_BLOCK)
-_DOT = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)  # the interpreter cannot multiply bf16
+# the interpreter cannot multiply bf16
+_DOT = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
 _NONE = tl.constexpr(-1e30)  # below every logit, and finite, so that differences of it are
 
 
@@ -56,7 +62,8 @@ class Tile:
     """Compiler options."""
 
 
-_AMD = {"matrix_instr_nonkdim": 16}  # a wave has 16 heads of its own, so that no wave repeats a product
+# a wave has 16 heads of its own, so that no wave repeats a product
+_AMD = {"matrix_instr_nonkdim": 16}
 # (architecture prefix, most heads a rank) -> tile; the first row that fits is taken.
 _TILE_TABLE: tuple[tuple[str, int, Tile], ...] = (
     ("gfx", 16, Tile(16, 32, 1, 4, _AMD)),
@@ -71,8 +78,10 @@ _COMPUTE_UNITS = {"gfx950": 256, "gfx942": 304, "sm_90": 132}
 
 def _tile(heads: int) -> Tile:
     arch = device.arch()
-    return next((tile for prefix, most, tile in _TILE_TABLE if arch.startswith(prefix) and heads <= most),
-                Tile(16, 32, 4, 1))
+    return next(
+        (tile for prefix, most, tile in _TILE_TABLE if arch.startswith(prefix) and heads <= most),
+        Tile(16, 32, 4, 1),
+    )
 
 
 def compute_units(tensor: Tensor) -> int:
@@ -82,10 +91,12 @@ def compute_units(tensor: Tensor) -> int:
 
 
 def split_count(tokens: int, heads: int, head_blocks: int, tiles: int, programs: int) -> int:
-    """Programs that share one token's tiles: a power of two, rounded down, of one tile or more, at most 32.
+    """Programs that share one token's tiles: a power of two, rounded down, of one tile or more, at
+    most 32.
 
-    Not more than leave the grid on the device, which holds `programs` at once, nor than pay: S splits take
-    tiles / S steps and move S · tokens · heads parts, which is least together at S² = _PARTS_A_TILE · tiles / (tokens · heads).
+    Not more than leave the grid on the device, which holds `programs` at once, nor than pay: S
+    splits take tiles / S steps and move S · tokens · heads parts, which is least together at S² =
+    _PARTS_A_TILE · tiles / (tokens · heads).
     """
     rows = max(tokens * heads, 1)
     paying = math.isqrt(_PARTS_A_TILE * tiles // rows)
@@ -95,7 +106,8 @@ def split_count(tokens: int, heads: int, head_blocks: int, tiles: int, programs:
 
 @triton.jit
 def _pinned(x, CONSTRAINTS: tl.constexpr):
-    """`x`, kept where it is: no instruction, but the compiler will not compute it twice to spare a change of layout."""
+    """`x`, kept where it is: no instruction, but the compiler will not compute it twice to spare a
+    change of layout."""
     if INTERPRETED:
         return x
     return tl.inline_asm_elementwise("", CONSTRAINTS, [x], dtype=tl.bfloat16, is_pure=False, pack=2)
@@ -131,11 +143,33 @@ def _rounded(x, BF16: tl.constexpr):
 
 
 @triton.jit
-def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, cos_ptr, sin_ptr, window_ptr, window_slots_ptr, compressed_ptr,
-            compressed_slots_ptr, window_count, compressed_count, window_page_bytes, compressed_page_bytes, heads, scale_log2,
-            WINDOW_PAGE: tl.constexpr, COMPRESSED_PAGE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-            SPLITS: tl.constexpr, TILES: tl.constexpr, PIN: tl.constexpr):
-    """One split of BLOCK_H heads of one token: the output, or its part and base-2 log-sum-exp when SPLITS > 1."""
+def _attend(
+    q_ptr,
+    out_ptr,
+    lse_ptr,
+    sink_ptr,
+    cos_ptr,
+    sin_ptr,
+    window_ptr,
+    window_slots_ptr,
+    compressed_ptr,
+    compressed_slots_ptr,
+    window_count,
+    compressed_count,
+    window_page_bytes,
+    compressed_page_bytes,
+    heads,
+    scale_log2,
+    WINDOW_PAGE: tl.constexpr,
+    COMPRESSED_PAGE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILES: tl.constexpr,
+    PIN: tl.constexpr,
+):
+    """One split of BLOCK_H heads of one token: the output, or its part and base-2 log-sum-exp when
+    SPLITS > 1."""
     token, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     live = head < heads
@@ -155,7 +189,9 @@ def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, cos_ptr, sin_ptr, window_ptr, win
     q_row = q_ptr + (token * heads + head)[:, None] * _DIM + column
     q, o = (), ()
     for block in tl.static_range(_BLOCKS):
-        q = q + (tl.load(q_row + block * _BLOCK, mask=live[:, None], other=0.0).to(tl.float32).to(_DOT),)
+        q = q + (
+            tl.load(q_row + block * _BLOCK, mask=live[:, None], other=0.0).to(tl.float32).to(_DOT),
+        )
         o = o + (tl.zeros([BLOCK_H, _BLOCK], tl.float32),)
     amax = tl.full([BLOCK_H], _NONE, tl.float32)
     total = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
@@ -164,16 +200,23 @@ def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, cos_ptr, sin_ptr, window_ptr, win
         in_window = tile < window_tiles
         at = (tile - tl.where(in_window, 0, window_tiles)) * BLOCK_K + tl.arange(0, BLOCK_K)
         slots_ptr = tl.where(in_window, window_slots_ptr, compressed_slots_ptr)
-        slot = tl.load(slots_ptr + at, mask=at < tl.where(in_window, window_count, compressed_count), other=-1)
+        slot = tl.load(
+            slots_ptr + at, mask=at < tl.where(in_window, window_count, compressed_count), other=-1
+        )
         present = slot >= 0
         slot = tl.maximum(slot, 0)
         page_slots = tl.where(in_window, WINDOW_PAGE, COMPRESSED_PAGE)
         page_bytes = tl.where(in_window, window_page_bytes, compressed_page_bytes)
-        page = tl.where(in_window, window_ptr, compressed_ptr) + slot // page_slots * page_bytes.to(tl.int64)
+        page = tl.where(in_window, window_ptr, compressed_ptr) + slot // page_slots * page_bytes.to(
+            tl.int64
+        )
         slot = slot % page_slots
         data = tl.multiple_of(page + slot * _DATA_BYTES, 16)
-        exponents = tl.load((page + (page_slots * _DATA_BYTES + slot * _SCALE_BYTES)).to(tl.pointer_type(tl.int64)),
-                            mask=present, other=0)
+        exponents = tl.load(
+            (page + (page_slots * _DATA_BYTES + slot * _SCALE_BYTES)).to(tl.pointer_type(tl.int64)),
+            mask=present,
+            other=0,
+        )
         latents = ()
         logits = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
         for block in tl.static_range(_BLOCKS):
@@ -186,13 +229,19 @@ def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, cos_ptr, sin_ptr, window_ptr, win
         total = total * decay[:, None] + p
         updated = ()
         for block in tl.static_range(_BLOCKS):
-            updated = updated + (tl.dot(p.to(_DOT), latents[block], o[block] * decay[:, None], input_precision="ieee"),)
+            updated = updated + (
+                tl.dot(
+                    p.to(_DOT), latents[block], o[block] * decay[:, None], input_precision="ieee"
+                ),
+            )
         o, amax = updated, new_amax
 
     denominator = tl.sum(total, 1)
     if SPLITS > 1:
         some = tl.where(denominator > 0, denominator, 1.0)
-        tl.store(lse_ptr + row, tl.where(denominator > 0, amax + tl.log2(some), float("-inf")), mask=live)
+        tl.store(
+            lse_ptr + row, tl.where(denominator > 0, amax + tl.log2(some), float("-inf")), mask=live
+        )
         part = 1.0 / some
     else:
         pair = tl.arange(_NOPE // 2, _DIM // 2)[None, :]
@@ -204,14 +253,22 @@ def _attend(q_ptr, out_ptr, lse_ptr, sink_ptr, cos_ptr, sin_ptr, window_ptr, win
         part = weight / (denominator * weight + tl.exp2(sink - highest))
     out_row = out_ptr + row[:, None] * _DIM + column
     for block in tl.static_range(_BLOCKS):
-        tl.store(out_row + block * _BLOCK, _rounded(o[block] * part[:, None], SPLITS == 1), mask=live[:, None])
+        tl.store(
+            out_row + block * _BLOCK,
+            _rounded(o[block] * part[:, None], SPLITS == 1),
+            mask=live[:, None],
+        )
 
 
 @triton.jit
 def combine(part_ptr, lse_ptr, sink_ptr, cos_ptr, sin_ptr, out_ptr, heads, SPLITS: tl.constexpr):
-    """One head of one token from its splits and the sink, rotated back; splits that did not run weigh nothing and are not
-    read."""
-    row, token, head = tl.program_id(0).to(tl.int64), tl.program_id(0) // heads, tl.program_id(0) % heads
+    """One head of one token from its splits and the sink, rotated back; splits that did not run
+    weigh nothing and are not read."""
+    row, token, head = (
+        tl.program_id(0).to(tl.int64),
+        tl.program_id(0) // heads,
+        tl.program_id(0) % heads,
+    )
     cos, sin = load_rotation(cos_ptr, sin_ptr, token, tl.arange(0, _DIM // 2)[None, :], _DIM)
     lse = tl.load(lse_ptr + row * SPLITS + tl.arange(0, SPLITS))
     sink = tl.load(sink_ptr + head) * _LOG2E
@@ -222,14 +279,26 @@ def combine(part_ptr, lse_ptr, sink_ptr, cos_ptr, sin_ptr, out_ptr, heads, SPLIT
     for split in range(SPLITS):
         part_lse = tl.load(lse_ptr + row * SPLITS + split)
         written = tl.where(part_lse > float("-inf"), _DIM, 0)
-        part = tl.load(part_ptr + (row * SPLITS + split) * _DIM + column, mask=column < written, other=0.0)
+        part = tl.load(
+            part_ptr + (row * SPLITS + split) * _DIM + column, mask=column < written, other=0.0
+        )
         o += part * tl.exp2(part_lse - highest)
     tl.store(out_ptr + row * _DIM + column, to_bf16(rotate(o / denominator, cos, -sin)))
 
 
-def sparse_mla(q: Tensor, window_cache: PackedLatentCache, window: Tensor, compressed_cache: PackedLatentCache | None,
-               compressed: Tensor | None, sink: Tensor, softmax_scale: float, cos: Tensor, sin: Tensor) -> Tensor:
-    """The operator (ops/sparse_mla.py) for bf16 `q` and packed caches whose pages hold a power of two of slots.
+def sparse_mla(
+    q: Tensor,
+    window_cache: PackedLatentCache,
+    window: Tensor,
+    compressed_cache: PackedLatentCache | None,
+    compressed: Tensor | None,
+    sink: Tensor,
+    softmax_scale: float,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """The operator (ops/sparse_mla.py) for bf16 `q` and packed caches whose pages hold a power of
+    two of slots.
 
     In a row of `compressed` no slot follows a -1.
     """
@@ -248,13 +317,35 @@ def sparse_mla(q: Tensor, window_cache: PackedLatentCache, window: Tensor, compr
         part = q.new_empty(tokens, heads, splits, LATENT_DIM, dtype=torch.float32)
         lse = q.new_empty(tokens, heads, splits, dtype=torch.float32)
     _attend[(tokens, head_blocks, splits)](
-        q.contiguous(), part, lse, sink, cos, sin, window_cache.pages, window.contiguous(), compressed_cache.pages,
-        compressed.contiguous(), window.shape[1], compressed.shape[1], window_cache.pages.stride(0),
-        compressed_cache.pages.stride(0), heads, softmax_scale * LOG2_E,
-        WINDOW_PAGE=window_cache.slots_per_page, COMPRESSED_PAGE=compressed_cache.slots_per_page, BLOCK_H=tile.heads,
-        BLOCK_K=tile.slots, SPLITS=splits, PIN="=r,0" if device.arch().startswith("sm_") else "=v,0",
+        q.contiguous(),
+        part,
+        lse,
+        sink,
+        cos,
+        sin,
+        window_cache.pages,
+        window.contiguous(),
+        compressed_cache.pages,
+        compressed.contiguous(),
+        window.shape[1],
+        compressed.shape[1],
+        window_cache.pages.stride(0),
+        compressed_cache.pages.stride(0),
+        heads,
+        softmax_scale * LOG2_E,
+        WINDOW_PAGE=window_cache.slots_per_page,
+        COMPRESSED_PAGE=compressed_cache.slots_per_page,
+        BLOCK_H=tile.heads,
+        BLOCK_K=tile.slots,
+        SPLITS=splits,
+        PIN="=r,0" if device.arch().startswith("sm_") else "=v,0",
         TILES=max(TILES, triton.next_power_of_2(triton.cdiv(compressed.shape[1], tile.slots))),
-        num_warps=tile.warps, num_stages=1, **tile.options)
+        num_warps=tile.warps,
+        num_stages=1,
+        **tile.options,
+    )
     if splits > 1:
-        combine[(tokens * heads,)](part, lse, sink, cos, sin, out, heads, SPLITS=splits, num_warps=4)
+        combine[(tokens * heads,)](
+            part, lse, sink, cos, sin, out, heads, SPLITS=splits, num_warps=4
+        )
     return out

@@ -1,11 +1,13 @@
-"""The step plan on the device: one program a row, a page block, or a window; nothing waits for a length.
+"""The step plan on the device: one program a row, a page block, or a window; nothing waits for a
+length.
 
-Windows are numbered over the requests of the step, as many rows as could at most be completed; a program finds its
-request by counting the windows of those before it. Rows past the last window are padding. Shapes follow from the
-shapes of the inputs alone, so a step can be captured in a graph and its plan refreshed in place.
+Windows are numbered over the requests of the step, as many rows as could at most be completed; a
+program finds its request by counting the windows of those before it. Rows past the last window are
+padding. Shapes follow from the shapes of the inputs alone, so a step can be captured in a graph and
+its plan refreshed in place.
 
-Byte floor a row: 128 slots read through two tables and written, 128 · (4 + 8 + 8), and some 50; a window of W items:
-20 · W. Once a step, not once a layer.
+Byte floor a row: 128 slots read through two tables and written, 128 · (4 + 8 + 8), and some 50; a
+window of W items: 20 · W. Once a step, not once a layer.
 """
 
 from __future__ import annotations
@@ -34,9 +36,18 @@ def _window_slot(slot_table, table_stride, full_to_window, row, position, presen
 
 
 @triton.jit
-def _ring_row(slot_table, table_stride, full_to_window, row, position, present, RATIO: tl.constexpr,
-              RING: tl.constexpr):
-    """Row of the ring of RING rows (of a window page for ratio 4, of a request for 128); -1 where not `present`."""
+def _ring_row(
+    slot_table,
+    table_stride,
+    full_to_window,
+    row,
+    position,
+    present,
+    RATIO: tl.constexpr,
+    RING: tl.constexpr,
+):
+    """Row of the ring of RING rows (of a window page for ratio 4, of a request for 128); -1 where
+    not `present`."""
     if RATIO == 4:
         slot = _window_slot(slot_table, table_stride, full_to_window, row, position, present)
         ring_row = slot // _PAGE * RING + slot % RING
@@ -46,10 +57,26 @@ def _ring_row(slot_table, table_stride, full_to_window, row, position, present, 
 
 
 @triton.jit
-def rows_kernel(positions, requests, out_slots, prefix_lens, seq_lens, slot_table, table_stride, slot_rows,
-                full_to_window, queries, window_writes, windows, kept_4, kept_128, RING_4: tl.constexpr,
-                RING_128: tl.constexpr):
-    """Grid (T): what a row writes and sees in the window, and where the rings keep it; a ring of 0 is none."""
+def rows_kernel(
+    positions,
+    requests,
+    out_slots,
+    prefix_lens,
+    seq_lens,
+    slot_table,
+    table_stride,
+    slot_rows,
+    full_to_window,
+    queries,
+    window_writes,
+    windows,
+    kept_4,
+    kept_128,
+    RING_4: tl.constexpr,
+    RING_128: tl.constexpr,
+):
+    """Grid (T): what a row writes and sees in the window, and where the rings keep it; a ring of 0
+    is none."""
     token = tl.program_id(0).to(tl.int64)
     position, request = tl.load(positions + token), tl.load(requests + token)
     row = tl.load(slot_rows + request).to(tl.int64)
@@ -60,30 +87,48 @@ def rows_kernel(positions, requests, out_slots, prefix_lens, seq_lens, slot_tabl
     tl.store(windows + token * _WINDOW + tl.arange(0, _WINDOW), tl.where(slot > 0, slot, -1))
     length = tl.load(seq_lens + request)
     if RING_4 > 0:
-        # The unfinished window and the one before it; and the end of a page, for whoever continues after that page.
+        # The unfinished window and the one before it; and the end of a page, for whoever continues
+        # after that page.
         kept = (position >= length // 4 * 4 - 4) | (position % _PAGE >= _PAGE - 4)
-        tl.store(kept_4 + token, _ring_row(slot_table, table_stride, full_to_window, row, position, kept, 4, RING_4))
+        tl.store(
+            kept_4 + token,
+            _ring_row(slot_table, table_stride, full_to_window, row, position, kept, 4, RING_4),
+        )
     if RING_128 > 0:
         kept = position >= length // 128 * 128
-        tl.store(kept_128 + token, _ring_row(slot_table, table_stride, full_to_window, row, position, kept, 128,
-                                             RING_128))
+        tl.store(
+            kept_128 + token,
+            _ring_row(slot_table, table_stride, full_to_window, row, position, kept, 128, RING_128),
+        )
 
 
 @triton.jit
-def pages_kernel(seq_lens, slot_table, table_stride, slot_rows, page_table, pages, BLOCK: tl.constexpr):
-    """Grid (R, ceil(pages / BLOCK)): pages of a request up to its length; 0, nobody's, up to the end of the table."""
+def pages_kernel(
+    seq_lens, slot_table, table_stride, slot_rows, page_table, pages, BLOCK: tl.constexpr
+):
+    """Grid (R, ceil(pages / BLOCK)): pages of a request up to its length; 0, nobody's, up to the
+    end of the table."""
     request = tl.program_id(0).to(tl.int64)
     page = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(slot_rows + request).to(tl.int64)
-    slot = tl.load(slot_table + row * table_stride + page * _PAGE, mask=page * _PAGE < tl.load(seq_lens + request),
-                   other=0)
+    slot = tl.load(
+        slot_table + row * table_stride + page * _PAGE,
+        mask=page * _PAGE < tl.load(seq_lens + request),
+        other=0,
+    )
     tl.store(page_table + request * pages + page, slot.to(tl.int64) // _PAGE, mask=page < pages)
 
 
 @triton.jit
 def _window_of(prefix_lens, seq_lens, requests, row, RATIO: tl.constexpr, SCAN: tl.constexpr):
-    """(request, windows completed and rows of the step before it) of completed window `row` of the step."""
-    owner, done, rows, end = 0, tl.zeros((), tl.int64), tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+    """(request, windows completed and rows of the step before it) of completed window `row` of the
+    step."""
+    owner, done, rows, end = (
+        0,
+        tl.zeros((), tl.int64),
+        tl.zeros((), tl.int64),
+        tl.zeros((), tl.int64),
+    )
     for start in range(0, requests, SCAN):
         request = start + tl.arange(0, SCAN)
         prefix = tl.load(prefix_lens + request, mask=request < requests, other=0)
@@ -98,13 +143,34 @@ def _window_of(prefix_lens, seq_lens, requests, row, RATIO: tl.constexpr, SCAN: 
 
 
 @triton.jit
-def windows_kernel(prefix_lens, seq_lens, out_slots, slot_table, table_stride, slot_rows, full_to_window, requests,
-                   tokens, positions, slots, step_rows, ring_rows, RATIO: tl.constexpr, RING: tl.constexpr,
-                   ITEMS: tl.constexpr, SCAN: tl.constexpr):
-    """Grid (N): the completed windows of one ratio, in the order of the step's rows, then padding."""
+def windows_kernel(
+    prefix_lens,
+    seq_lens,
+    out_slots,
+    slot_table,
+    table_stride,
+    slot_rows,
+    full_to_window,
+    requests,
+    tokens,
+    positions,
+    slots,
+    step_rows,
+    ring_rows,
+    RATIO: tl.constexpr,
+    RING: tl.constexpr,
+    ITEMS: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    """Grid (N): the completed windows of one ratio, in the order of the step's rows, then
+    padding."""
     window = tl.program_id(0).to(tl.int64)
     request, done, rows = _window_of(prefix_lens, seq_lens, requests, window, RATIO, SCAN)
-    token, first, slot = tl.full((), -1, tl.int64), tl.full((), -1, tl.int64), tl.full((), -1, tl.int64)
+    token, first, slot = (
+        tl.full((), -1, tl.int64),
+        tl.full((), -1, tl.int64),
+        tl.full((), -1, tl.int64),
+    )
     item = tl.arange(0, ITEMS)
     step_row, ring_row = tl.full((ITEMS,), -1, tl.int64), tl.full((ITEMS,), -1, tl.int64)
     if request < requests:
@@ -116,8 +182,16 @@ def windows_kernel(prefix_lens, seq_lens, out_slots, slot_table, table_stride, s
         position = end - (ITEMS - 1) + item
         in_step = position >= prefix
         step_row = tl.where(in_step, rows + position - prefix, -1)
-        ring_row = _ring_row(slot_table, table_stride, full_to_window, tl.load(slot_rows + request).to(tl.int64),
-                             position, (position >= 0) & ~in_step, RATIO, RING)
+        ring_row = _ring_row(
+            slot_table,
+            table_stride,
+            full_to_window,
+            tl.load(slot_rows + request).to(tl.int64),
+            position,
+            (position >= 0) & ~in_step,
+            RATIO,
+            RING,
+        )
     tl.store(tokens + window, token)
     tl.store(positions + window, first)
     tl.store(slots + window, slot)
@@ -125,11 +199,27 @@ def windows_kernel(prefix_lens, seq_lens, out_slots, slot_table, table_stride, s
     tl.store(ring_rows + window * ITEMS + item, ring_row)
 
 
-def build_step_plan(position: Tensor, request: Tensor, out_slot: Tensor, prefix_lens: Tensor, seq_lens: Tensor,
-                    slot_table: Tensor, slot_row: Tensor, full_to_window: Tensor, max_queries: int, max_seq_len: int,
-                    rings: Mapping[int, int] = RING_ROWS, static_rows: bool = False) -> StepPlan:
-    """The operator of the same name; its shapes are static whether `static_rows` asks for it or not."""
-    tokens, requests, pages = position.shape[0], seq_lens.shape[0], triton.cdiv(max_seq_len, layout.PAGE_TOKENS)
+def build_step_plan(
+    position: Tensor,
+    request: Tensor,
+    out_slot: Tensor,
+    prefix_lens: Tensor,
+    seq_lens: Tensor,
+    slot_table: Tensor,
+    slot_row: Tensor,
+    full_to_window: Tensor,
+    max_queries: int,
+    max_seq_len: int,
+    rings: Mapping[int, int] = RING_ROWS,
+    static_rows: bool = False,
+) -> StepPlan:
+    """The operator of the same name; its shapes are static whether `static_rows` asks for it or
+    not."""
+    tokens, requests, pages = (
+        position.shape[0],
+        seq_lens.shape[0],
+        triton.cdiv(max_seq_len, layout.PAGE_TOKENS),
+    )
 
     def numbers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int64, device=position.device)
@@ -139,19 +229,58 @@ def build_step_plan(position: Tensor, request: Tensor, out_slot: Tensor, prefix_
     page_table = numbers(requests, pages)
     kept = {ratio: numbers(tokens) for ratio in rings}
     if tokens:
-        rows_kernel[(tokens,)](position, request, out_slot, prefix_lens, seq_lens, *tables, full_to_window, query,
-                               window_write, window, kept.get(4, query), kept.get(128, query),
-                               RING_4=rings.get(4, 0), RING_128=rings.get(128, 0), num_warps=1)
+        rows_kernel[(tokens,)](
+            position,
+            request,
+            out_slot,
+            prefix_lens,
+            seq_lens,
+            *tables,
+            full_to_window,
+            query,
+            window_write,
+            window,
+            kept.get(4, query),
+            kept.get(128, query),
+            RING_4=rings.get(4, 0),
+            RING_128=rings.get(128, 0),
+            num_warps=1,
+        )
     if page_table.numel():
         pages_kernel[(requests, triton.cdiv(pages, _PAGES_A_PROGRAM))](
-            seq_lens, *tables, page_table, pages, BLOCK=_PAGES_A_PROGRAM, num_warps=1)
+            seq_lens, *tables, page_table, pages, BLOCK=_PAGES_A_PROGRAM, num_warps=1
+        )
     compression = {}
     for ratio, ring in rings.items():
         halves, count = 2 if ratio == 4 else 1, static_windows(tokens, requests, ratio)
-        rows = (*(numbers(count) for _ in range(3)), *(numbers(count, ratio * halves) for _ in range(2)))
+        rows = (
+            *(numbers(count) for _ in range(3)),
+            *(numbers(count, ratio * halves) for _ in range(2)),
+        )
         if count:
-            windows_kernel[(count,)](prefix_lens, seq_lens, out_slot, *tables, full_to_window, requests, *rows,
-                                     RATIO=ratio, RING=ring, ITEMS=ratio * halves,
-                                     SCAN=min(_SCAN, triton.next_power_of_2(requests)), num_warps=1)
+            windows_kernel[(count,)](
+                prefix_lens,
+                seq_lens,
+                out_slot,
+                *tables,
+                full_to_window,
+                requests,
+                *rows,
+                RATIO=ratio,
+                RING=ring,
+                ITEMS=ratio * halves,
+                SCAN=min(_SCAN, triton.next_power_of_2(requests)),
+                num_warps=1,
+            )
         compression[ratio] = Compression(ratio, halves, *rows, kept[ratio])
-    return StepPlan(position, request, query, max_queries, max_seq_len, window_write, window, page_table, compression)
+    return StepPlan(
+        position,
+        request,
+        query,
+        max_queries,
+        max_seq_len,
+        window_write,
+        window,
+        page_table,
+        compression,
+    )

@@ -1,12 +1,14 @@
-"""Exact top-k of each row, ascending entry numbers, ties to the lowest: a radix search over values held in registers.
+"""Exact top-k of each row, ascending entry numbers, ties to the lowest: a radix search over values
+held in registers.
 
-A program reads a chunk of a row once, finds the k-th largest value two bits at a time by counting, and writes what it
-keeps in order. Rows longer than a chunk keep k candidates of each chunk, and the candidates are selected from in turn:
-since both steps keep the lowest numbers among equals, so does the whole. Nothing depends on timing, nothing is atomic.
-How many candidates a row has follows from the entries it sees, so chunks past those end at once.
+A program reads a chunk of a row once, finds the k-th largest value two bits at a time by counting,
+and writes what it keeps in order. Rows longer than a chunk keep k candidates of each chunk, and the
+candidates are selected from in turn: since both steps keep the lowest numbers among equals, so does
+the whole. Nothing depends on timing, nothing is atomic. How many candidates a row has follows from
+the entries it sees, so chunks past those end at once.
 
-Byte floor of a row: 4 for each entry it sees, 8·k written. A candidate adds 12 bytes, its number is read only where it is
-kept (k = 1024: 0.75 bytes an entry of full chunks, a fifth of the floor).
+Byte floor of a row: 4 for each entry it sees, 8·k written. A candidate adds 12 bytes, its number is
+read only where it is kept (k = 1024: 0.75 bytes an entry of full chunks, a fifth of the floor).
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def _ordered(x):
 
 @triton.jit
 def _candidates(visible, topk, LEVEL: tl.constexpr, CHUNK: tl.constexpr):
-    """Length of a row of `visible` entries after LEVEL selections, each of which keeps `topk` of every CHUNK."""
+    """Length of a row of `visible` entries after LEVEL selections, each of which keeps `topk` of
+    every CHUNK."""
     for _ in tl.static_range(LEVEL):
         before = tl.maximum(visible - 1, 0) // CHUNK
         visible = before * topk + tl.minimum(visible - before * CHUNK, topk)
@@ -40,8 +43,10 @@ def _candidates(visible, topk, LEVEL: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _border(key, length, topk):
-    """The largest threshold that at least `topk` of the keys reach, or one that exactly `topk` reach; and how many do."""
-    low = tl.zeros((), tl.int32)  # as an unsigned number; flipping the top bit orders it with the keys
+    """The largest threshold that at least `topk` of the keys reach, or one that exactly `topk`
+    reach; and how many do."""
+    # as an unsigned number; flipping the top bit orders it with the keys
+    low = tl.zeros((), tl.int32)
     count, shift = length, 30
     while (shift >= 0) & (count > topk):
         step = tl.full((), 1, tl.int32) << shift
@@ -67,23 +72,40 @@ def _border(key, length, topk):
 
 @triton.jit
 def _running(chosen):
-    """How many are chosen up to each, itself included. A wave counts a row by itself; one number a row crosses waves."""
+    """How many are chosen up to each, itself included. A wave counts a row by itself; one number a
+    row crosses waves."""
     rows = tl.reshape(chosen.to(tl.int32), (chosen.shape[0] // _ROW, _ROW))
     total = tl.sum(rows, 1)
     return tl.reshape(tl.cumsum(rows, 1) + (tl.cumsum(total, 0) - total)[:, None], chosen.shape)
 
 
-# An unknown alignment makes loads one value wide, as scattered stores are: nothing is exchanged between threads for those.
+# An unknown alignment makes loads one value wide, as scattered stores are: nothing is exchanged
+# between threads for those.
 @triton.jit(do_not_specialize=("stride",))
-def topk_select_kernel(values, numbers, visible, out_keys, out_numbers, stride, out_stride, topk, LEVEL: tl.constexpr,
-                       FINAL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (T, chunks): keeps the `topk` largest of a chunk of BLOCK values, in order, or all when there are fewer.
+def topk_select_kernel(
+    values,
+    numbers,
+    visible,
+    out_keys,
+    out_numbers,
+    stride,
+    out_stride,
+    topk,
+    LEVEL: tl.constexpr,
+    FINAL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (T, chunks): keeps the `topk` largest of a chunk of BLOCK values, in order, or all when
+    there are fewer.
 
     `values` are fp32 at LEVEL 0 and the int32 keys of candidates after that.
     """
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * BLOCK
-    length = tl.minimum(_candidates(tl.load(visible + row).to(tl.int32), topk, LEVEL, CHUNK) - begin, BLOCK)
+    length = tl.minimum(
+        _candidates(tl.load(visible + row).to(tl.int32), topk, LEVEL, CHUNK) - begin, BLOCK
+    )
     at = tl.arange(0, BLOCK)
     out = row * out_stride + tl.program_id(1) * topk
     if FINAL:
@@ -121,11 +143,35 @@ def topk_select(logits: Tensor, visible: Tensor, topk: int) -> Tensor:
         kept_keys = torch.empty(tokens, chunks * topk, dtype=torch.int32, device=logits.device)
         kept_numbers = torch.empty(tokens, chunks * topk, dtype=torch.int32, device=logits.device)
         topk_select_kernel[(tokens, chunks)](
-            values, numbers, visible, kept_keys, kept_numbers, values.stride(0), kept_keys.stride(0), topk,
-            LEVEL=level, FINAL=False, CHUNK=_CHUNK, BLOCK=_CHUNK, num_warps=16)
+            values,
+            numbers,
+            visible,
+            kept_keys,
+            kept_numbers,
+            values.stride(0),
+            kept_keys.stride(0),
+            topk,
+            LEVEL=level,
+            FINAL=False,
+            CHUNK=_CHUNK,
+            BLOCK=_CHUNK,
+            num_warps=16,
+        )
         values, numbers, level, entries = kept_keys, kept_numbers, level + 1, chunks * topk
     block = max(triton.next_power_of_2(entries), _LEAST_BLOCK)
     topk_select_kernel[(tokens, 1)](
-        values, numbers, visible, values, out, values.stride(0), out.stride(0), topk, LEVEL=level, FINAL=True,
-        CHUNK=_CHUNK, BLOCK=block, num_warps=min(max(4, block // 512), 16))
+        values,
+        numbers,
+        visible,
+        values,
+        out,
+        values.stride(0),
+        out.stride(0),
+        topk,
+        LEVEL=level,
+        FINAL=True,
+        CHUNK=_CHUNK,
+        BLOCK=block,
+        num_warps=min(max(4, block // 512), 16),
+    )
     return out

@@ -14,11 +14,26 @@ def _launch(tokens: int, requests: int, max_seq_len: int):
     def numbers(*shape: int):
         return torch.empty(*shape, dtype=torch.int64, device="meta")
 
-    plan = StepPlan(numbers(tokens), numbers(tokens), numbers(tokens), tokens // requests, max_seq_len, numbers(tokens),
-                    numbers(tokens, 128), numbers(requests, -(-max_seq_len // 256)), {})
-    cache = PackedIndexCache(torch.empty(300000, index_page_bytes(), dtype=torch.uint8, device="meta"))
-    indexer_logits(torch.empty(tokens, HEADS, 128, dtype=torch.float8_e4m3fn, device="meta"),
-                   torch.empty(tokens, HEADS, device="meta"), cache, plan)
+    plan = StepPlan(
+        numbers(tokens),
+        numbers(tokens),
+        numbers(tokens),
+        tokens // requests,
+        max_seq_len,
+        numbers(tokens),
+        numbers(tokens, 128),
+        numbers(requests, -(-max_seq_len // 256)),
+        {},
+    )
+    cache = PackedIndexCache(
+        torch.empty(300000, index_page_bytes(), dtype=torch.uint8, device="meta")
+    )
+    indexer_logits(
+        torch.empty(tokens, HEADS, 128, dtype=torch.float8_e4m3fn, device="meta"),
+        torch.empty(tokens, HEADS, device="meta"),
+        cache,
+        plan,
+    )
 
 
 def _units(constants) -> Units:
@@ -26,6 +41,14 @@ def _units(constants) -> Units:
 
 
 KERNEL = "indexer_logits_kernel"
-CASES = [Case(name, lambda a=size: _launch(*a), matrix={KERNEL: "f8f6f4"}, units={KERNEL: _units},
-              workgroups={KERNEL: 4}, issue={KERNEL: 4.5})
-         for name, size in (("decode-64/128k", (64, 64, 131072)), ("prefill-8192", (8192, 4, 8192)))]
+CASES = [
+    Case(
+        name,
+        lambda a=size: _launch(*a),
+        matrix={KERNEL: "f8f6f4"},
+        units={KERNEL: _units},
+        workgroups={KERNEL: 4},
+        issue={KERNEL: 4.5},
+    )
+    for name, size in (("decode-64/128k", (64, 64, 131072)), ("prefill-8192", (8192, 4, 8192)))
+]

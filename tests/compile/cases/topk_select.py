@@ -11,7 +11,13 @@ def _launch(tokens: int, entries: int, topk: int):
     topk_select(logits, torch.empty(tokens, dtype=torch.int64, device="meta"), topk)
 
 
-CASES = [Case(name, lambda a=size: _launch(*a))
-         for name, size in (("pro/decode-64/8k", (64, 2048, 1024)), ("pro/decode-64/32k", (64, 8192, 1024)),
-                            ("pro/decode-64/64k", (64, 16384, 1024)), ("pro/decode-64/1m", (64, 262144, 1024)),
-                            ("flash/prefill-8192", (8192, 2048, 512)))]
+CASES = [
+    Case(name, lambda a=size: _launch(*a))
+    for name, size in (
+        ("pro/decode-64/8k", (64, 2048, 1024)),
+        ("pro/decode-64/32k", (64, 8192, 1024)),
+        ("pro/decode-64/64k", (64, 16384, 1024)),
+        ("pro/decode-64/1m", (64, 262144, 1024)),
+        ("flash/prefill-8192", (8192, 2048, 512)),
+    )
+]

@@ -1,4 +1,5 @@
-"""A small OpenAI-compatible server over real HTTP that reads its prompts: it knows some answers and finds some needles."""
+"""A small OpenAI-compatible server over real HTTP that reads its prompts: it knows some answers and
+finds some needles."""
 
 from __future__ import annotations
 
@@ -16,20 +17,50 @@ def answering(reply: Callable[[str], str], context: int | None = None) -> Iterat
 
     A prompt of more than `context` words is refused, as servers do.
     """
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send(200, {"object": "list", "data": [{"id": "words", "object": "model"}]})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            text = body["messages"][-1]["content"] if "messages" in body else body["prompt"] if isinstance(body["prompt"], str) else body["prompt"][0]
-            whole = " ".join(message["content"] for message in body["messages"]) if "messages" in body else text
-            usage = {"prompt_tokens": len(whole.split()), "completion_tokens": 1, "total_tokens": len(whole.split()) + 1}
+            text = (
+                body["messages"][-1]["content"]
+                if "messages" in body
+                else body["prompt"]
+                if isinstance(body["prompt"], str)
+                else body["prompt"][0]
+            )
+            whole = (
+                " ".join(message["content"] for message in body["messages"])
+                if "messages" in body
+                else text
+            )
+            usage = {
+                "prompt_tokens": len(whole.split()),
+                "completion_tokens": 1,
+                "total_tokens": len(whole.split()) + 1,
+            }
             if context and usage["prompt_tokens"] > context:
-                return self.send(400, {"error": {"message": f"the prompt is longer than {context} tokens"}})
-            said = {"message": {"role": "assistant", "content": reply(text)}} if "messages" in body else {"text": reply(text)}
-            self.send(200, {"id": "1", "object": "completion", "created": 0, "model": "words", "usage": usage,
-                            "choices": [{"index": 0, "finish_reason": "stop", **said}]})
+                return self.send(
+                    400, {"error": {"message": f"the prompt is longer than {context} tokens"}}
+                )
+            said = (
+                {"message": {"role": "assistant", "content": reply(text)}}
+                if "messages" in body
+                else {"text": reply(text)}
+            )
+            self.send(
+                200,
+                {
+                    "id": "1",
+                    "object": "completion",
+                    "created": 0,
+                    "model": "words",
+                    "usage": usage,
+                    "choices": [{"index": 0, "finish_reason": "stop", **said}],
+                },
+            )
 
         def send(self, status, document):
             data = json.dumps(document).encode()

@@ -1,4 +1,5 @@
-"""The parts of a benchmark that need no server: shapes of results, resume, spread, the search for a rate, ablation, warnings."""
+"""The parts of a benchmark that need no server: shapes of results, resume, spread, the search for a
+rate, ablation, warnings."""
 
 import json
 import math
@@ -7,10 +8,12 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsv4_plugin import flags
-from dsv4_plugin.bench import ablation, environment, sweep as sweeping
+from dsv4_plugin.bench import ablation, environment
+from dsv4_plugin.bench import sweep as sweeping
 from dsv4_plugin.bench.bounded import Bounds, largest_rate, search
 from dsv4_plugin.bench.client import BenchError, Load, Workload, client_command
 from dsv4_plugin.bench.curves import load_results
@@ -27,10 +30,33 @@ WORKLOAD = Workload(isl=64, osl=16)
 
 def figures(tput=900.0, tpot=20.0, **more):
     """What the client writes of a run: 8 of 9 tokens are read, as at 8k/1k; times in ms."""
-    times = {f"{kind}_{metric}_ms": value * factor for metric, value in (("ttft", 100.0), ("tpot", tpot), ("itl", tpot), ("e2e_latency", 500.0))
-             for kind, factor in (("mean", 1.1), ("median", 1.0), ("std", 0.1), ("p90", 1.5), ("p95", 1.7), ("p99", 2.0))}
-    return {"total_throughput": tput, "output_throughput": tput / 9, "concurrency": 3.4, "total_input_tokens": 800, "total_output_tokens": 100,
-            "cache_report": {"total_cached_tokens": 0}, **times, **more}
+    times = {
+        f"{kind}_{metric}_ms": value * factor
+        for metric, value in (
+            ("ttft", 100.0),
+            ("tpot", tpot),
+            ("itl", tpot),
+            ("e2e_latency", 500.0),
+        )
+        for kind, factor in (
+            ("mean", 1.1),
+            ("median", 1.0),
+            ("std", 0.1),
+            ("p90", 1.5),
+            ("p95", 1.7),
+            ("p99", 2.0),
+        )
+    }
+    return {
+        "total_throughput": tput,
+        "output_throughput": tput / 9,
+        "concurrency": 3.4,
+        "total_input_tokens": 800,
+        "total_output_tokens": 100,
+        "cache_report": {"total_cached_tokens": 0},
+        **times,
+        **more,
+    }
 
 
 class FakeWatch:
@@ -41,15 +67,27 @@ class FakeWatch:
 
 
 class Machine(Bench):
-    """A bench whose runs come from a function of the load; everything after the client is the real code."""
+    """A bench whose runs come from a function of the load; everything after the client is the real
+    code."""
 
     def __init__(self, measure, tp=1):
-        super().__init__(Server("http://x", "m", "m", "m", {"tp_size": tp}), WORKLOAD, FakeWatch(), {"hw": "mi355x", "date": "2026-09-01"})
+        super().__init__(
+            Server("http://x", "m", "m", "m", {"tp_size": tp}),
+            WORKLOAD,
+            FakeWatch(),
+            {"hw": "mi355x", "date": "2026-09-01"},
+        )
         self.measure, self.made = measure, []
 
     def run(self, load):
         self.made.append(load.name)
-        return {"figures": self.measure(load), "command": ["client"], "warnings": [], "asked_output_tokens": 100, "compiled": 0}
+        return {
+            "figures": self.measure(load),
+            "command": ["client"],
+            "warnings": [],
+            "asked_output_tokens": 100,
+            "compiled": 0,
+        }
 
     @contextmanager
     def open(self):
@@ -58,19 +96,29 @@ class Machine(Bench):
 
 class TestResult:
     def test_inferencex_definitions(self):
-        """optimizations of InferenceX's process_result: tokens over GPUs, ms to s, intvty the reciprocal of the same TPOT figure."""
+        """optimizations of InferenceX's process_result: tokens over GPUs, ms to s, intvty the
+        reciprocal of the same TPOT figure."""
         made = inferencex(figures(tput=18048.8, tpot=106.75), gpus=8)
-        assert made["tput_per_gpu"] == pytest.approx(2256.1) and made["output_tput_per_gpu"] == pytest.approx(2256.1 / 9)
+        assert made["tput_per_gpu"] == pytest.approx(2256.1) and made[
+            "output_tput_per_gpu"
+        ] == pytest.approx(2256.1 / 9)
         assert made["input_tput_per_gpu"] == pytest.approx(2256.1 * 8 / 9)
-        assert made["median_intvty"] == pytest.approx(9.37, abs=0.005)  # the article prints 9.37 beside 106.75 ms
-        assert made["p99_intvty"] == pytest.approx(1000 / (2 * 106.75)) and made["median_ttft"] == 0.1
+        # the article prints 9.37 beside 106.75 ms
+        assert made["median_intvty"] == pytest.approx(9.37, abs=0.005)
+        assert (
+            made["p99_intvty"] == pytest.approx(1000 / (2 * 106.75)) and made["median_ttft"] == 0.1
+        )
         for metric in ("ttft", "tpot", "intvty", "itl", "e2el"):
-            assert {f"{kind}_{metric}" for kind in ("mean", "median", "std", "p90", "p95", "p99")} <= made.keys()
+            assert {
+                f"{kind}_{metric}" for kind in ("mean", "median", "std", "p90", "p95", "p99")
+            } <= made.keys()
 
     def test_spread_is_the_larger_of_throughput_and_tpot(self):
         assert spread([figures()]) is None
         assert spread([figures(100), figures(103), figures(102)]) == pytest.approx(3 / 102)
-        assert spread([figures(100, tpot=20), figures(100, tpot=22), figures(100, tpot=20)]) == pytest.approx(0.1)
+        assert spread(
+            [figures(100, tpot=20), figures(100, tpot=22), figures(100, tpot=20)]
+        ) == pytest.approx(0.1)
 
     @given(st.lists(st.floats(1, 1e6), min_size=1, max_size=9))
     def test_the_middle_run_is_a_median(self, values):
@@ -82,18 +130,29 @@ class TestResult:
         machine = Machine(lambda load: figures(), tp=8)
         for load in (Load.closed(4, WORKLOAD), Load.offline(50)):
             Store(tmp_path, {}).finish(load.name, machine.result(load, [machine.run(load)]))
-        [offline, closed] = sorted(load_results([tmp_path])[0], key=lambda curve: len(curve.label), reverse=True)
+        [offline, closed] = sorted(
+            load_results([tmp_path])[0], key=lambda curve: len(curve.label), reverse=True
+        )
         assert closed.hardware == "MI355X" and closed.gpus == 8 and closed.workload == "64/16"
         assert closed.points[0].tput_per_gpu == 900 / 8 and closed.points[0].concurrency == 4
-        assert offline.label == f"{closed.label} offline" and offline.points[0].concurrency == 3  # mean in flight
+        # mean in flight
+        assert offline.label == f"{closed.label} offline" and offline.points[0].concurrency == 3
 
 
 class TestSweep:
     def test_runs_each_point_and_states_the_spread(self, tmp_path):
         values = iter((100, 101, 103, 50, 60, 55))
         machine = Machine(lambda load: figures(next(values)))
-        steady, unsteady = sweep(machine.open, [Load.closed(1, WORKLOAD), Load.closed(2, WORKLOAD)], Store(tmp_path, {}), 3, Progress())
-        assert (steady["tput_per_gpu"], steady["unstable"]) == (101, False) and steady["spread"] == pytest.approx(3 / 101)
+        steady, unsteady = sweep(
+            machine.open,
+            [Load.closed(1, WORKLOAD), Load.closed(2, WORKLOAD)],
+            Store(tmp_path, {}),
+            3,
+            Progress(),
+        )
+        assert (steady["tput_per_gpu"], steady["unstable"]) == (101, False) and steady[
+            "spread"
+        ] == pytest.approx(3 / 101)
         assert (unsteady["tput_per_gpu"], unsteady["unstable"]) == (55, True)  # 10/55 is above 4 %
         assert load_results([tmp_path])[0][0].points[1].note == "3 runs within 18.2 %; UNSTABLE"
 
@@ -103,7 +162,13 @@ class TestSweep:
         sweep(first.open, loads[:1], Store(tmp_path, {"a": 1}), 1, Progress())
         second = Machine(lambda load: figures())
         told = []
-        sweep(second.open, loads, Store(tmp_path, {"a": 1}), 1, Progress(finished=lambda load, result, before: told.append((load.name, before))))
+        sweep(
+            second.open,
+            loads,
+            Store(tmp_path, {"a": 1}),
+            1,
+            Progress(finished=lambda load, result, before: told.append((load.name, before))),
+        )
         assert second.made == ["conc-2"] and told == [("conc-1", True), ("conc-2", False)]
 
     def test_no_server_is_opened_for_finished_points(self, tmp_path):
@@ -114,11 +179,13 @@ class TestSweep:
 
     def test_an_interrupted_point_keeps_its_finished_runs_and_is_no_result(self, tmp_path):
         calls = iter([figures(), figures()])
+
         def stops(load):
             made = next(calls, None)
             if made is None:
                 raise KeyboardInterrupt
             return made
+
         load = Load.closed(1, WORKLOAD)
         with pytest.raises(KeyboardInterrupt):
             sweep(Machine(stops).open, [load], Store(tmp_path, {}), 3, Progress())
@@ -137,11 +204,25 @@ class TestSweep:
 
     def test_another_configuration_is_not_mixed_in(self, tmp_path):
         load = Load.closed(1, WORKLOAD)
-        sweep(Machine(lambda load: figures()).open, [load], Store(tmp_path, {"server": "--tp 8", "same": 1}), 1, Progress())
-        with pytest.raises(BenchError, match="server was '--tp 8' and is '--tp 4'.*--out, or --again"):
+        sweep(
+            Machine(lambda load: figures()).open,
+            [load],
+            Store(tmp_path, {"server": "--tp 8", "same": 1}),
+            1,
+            Progress(),
+        )
+        with pytest.raises(
+            BenchError, match="server was '--tp 8' and is '--tp 4'.*--out, or --again"
+        ):
             sweep(None, [load], Store(tmp_path, {"server": "--tp 4", "same": 1}), 1, Progress())
         replaced = Machine(lambda load: figures(1.0))
-        [result] = sweep(replaced.open, [load], Store(tmp_path, {"server": "--tp 4", "same": 1}, again=True), 1, Progress())
+        [result] = sweep(
+            replaced.open,
+            [load],
+            Store(tmp_path, {"server": "--tp 4", "same": 1}, again=True),
+            1,
+            Progress(),
+        )
         assert result["tput_per_gpu"] == 1.0
 
     def test_half_a_file_is_refused(self, tmp_path):
@@ -157,14 +238,28 @@ class TestSweep:
 
     def test_a_run_that_compiled_is_made_again(self, monkeypatch):
         """The kernels of a first run are there in the second, which counts."""
-        reports = [Report({"compiled after ready": count, "written": "x"}) for count in (0, 3, 3, 3)]
+        reports = [
+            Report({"compiled after ready": count, "written": "x"}) for count in (0, 3, 3, 3)
+        ]
         runs = iter((figures(100), figures(200)))
-        monkeypatch.setattr(sweeping.client, "measure", lambda *_: SimpleNamespace(
-            figures=(made := next(runs)), asked_output_tokens=100, command=[], document=lambda: {"figures": made}))
+        monkeypatch.setattr(
+            sweeping.client,
+            "measure",
+            lambda *_: SimpleNamespace(
+                figures=(made := next(runs)),
+                asked_output_tokens=100,
+                command=[],
+                document=lambda: {"figures": made},
+            ),
+        )
         watch = SimpleNamespace(read=lambda: reports.pop(0), settled=lambda since: reports.pop(0))
         bench = Bench(Server("http://x", "m", "m", "m"), WORKLOAD, watch, {})
         run = bench.run(Load.closed(1, WORKLOAD))
-        assert run["figures"]["total_throughput"] == 200 and "3 kernels were compiled" in run["discarded"] and run["warnings"] == []
+        assert (
+            run["figures"]["total_throughput"] == 200
+            and "3 kernels were compiled" in run["discarded"]
+            and run["warnings"] == []
+        )
 
 
 class TestLargestRate:
@@ -188,7 +283,9 @@ class TestLargestRate:
 
     def test_search_writes_the_best_trial_and_resumes(self, tmp_path):
         """TTFT grows with the rate and breaks its bound above 3 requests/s."""
-        machine = Machine(lambda load: figures(tput=100 * load.rate, p99_ttft_ms=100 * load.rate, duration=30.0))
+        machine = Machine(
+            lambda load: figures(tput=100 * load.rate, p99_ttft_ms=100 * load.rate, duration=30.0)
+        )
         store = Store(tmp_path, {})
         result = search(machine, Bounds(300, 50), 1.0, 20, store)
         assert 3 / 1.05 <= result["request_rate"] <= 3 and result["scenario"] == "poisson"
@@ -199,10 +296,19 @@ class TestLargestRate:
         search(other, Bounds(250, 50), 1.0, 20, store)
         assert not set(other.made) & set(machine.made)  # rates tried before serve the other bounds
 
-    @pytest.mark.parametrize("more, complaint", [
-        ({"p99_ttft_ms": 301, "concurrency": 0.4}, "hardly overlap, and the 99th percentile of TTFT is 301 ms"),
-        ({"p99_ttft_ms": 100, "duration": 201.0}, "a higher rate would be the same load. Give more --prompts"),
-    ])
+    @pytest.mark.parametrize(
+        "more, complaint",
+        [
+            (
+                {"p99_ttft_ms": 301, "concurrency": 0.4},
+                "hardly overlap, and the 99th percentile of TTFT is 301 ms",
+            ),
+            (
+                {"p99_ttft_ms": 100, "duration": 201.0},
+                "a higher rate would be the same load. Give more --prompts",
+            ),
+        ],
+    )
     def test_a_trial_that_cannot_tell_ends_the_search(self, tmp_path, more, complaint):
         machine = Machine(lambda load: figures(**more))
         with pytest.raises(BenchError, match=complaint):
@@ -210,8 +316,16 @@ class TestLargestRate:
         assert len(machine.made) == 1
 
     def test_bounds_that_no_rate_keeps(self, tmp_path):
-        with pytest.raises(BenchError, match="no rate down to .* keeps the 99th percentile of TTFT within 300 ms"):
-            search(Machine(lambda load: figures(p99_ttft_ms=301)), Bounds(300, 50), 1.0, 20, Store(tmp_path, {}))
+        with pytest.raises(
+            BenchError, match="no rate down to .* keeps the 99th percentile of TTFT within 300 ms"
+        ):
+            search(
+                Machine(lambda load: figures(p99_ttft_ms=301)),
+                Bounds(300, 50),
+                1.0,
+                20,
+                Store(tmp_path, {}),
+            )
 
 
 def row(operator, implementation, calls=1, fallback=False, phase="decode"):
@@ -224,15 +338,43 @@ class TestWarnings:
         assert warnings(report, report, figures(), 100) == []
 
     def test_what_spoils_a_run(self):
-        before = Report({"compiled after ready": 2}, [row("moe", "reference", 10, fallback=True), row("route", "reference", 5, fallback=True)])
-        after = Report({"compiled after ready": 5}, [row("moe", "reference", 20, fallback=True), row("route", "reference", 5, fallback=True)])
-        found = warnings(before, after, figures(cache_report={"total_cached_tokens": 256}, total_output_tokens=90), 100)
+        before = Report(
+            {"compiled after ready": 2},
+            [
+                row("moe", "reference", 10, fallback=True),
+                row("route", "reference", 5, fallback=True),
+            ],
+        )
+        after = Report(
+            {"compiled after ready": 5},
+            [
+                row("moe", "reference", 20, fallback=True),
+                row("route", "reference", 5, fallback=True),
+            ],
+        )
+        found = warnings(
+            before,
+            after,
+            figures(cache_report={"total_cached_tokens": 256}, total_output_tokens=90),
+            100,
+        )
         assert len(found) == 4
-        for part in ("3 kernels were compiled", "moe in decode fell back", "256 of 800 input tokens came from the prefix cache", "90 of 100 output tokens"):
+        for part in (
+            "3 kernels were compiled",
+            "moe in decode fell back",
+            "256 of 800 input tokens came from the prefix cache",
+            "90 of 100 output tokens",
+        ):
             assert any(part in warning for warning in found)
 
     def test_fallbacks_told_by_series(self):
-        told = [Report({"compiled after ready": 0, "fell back: moe": f"no gfx950 ({calls} calls)"}, [row("moe", "reference")]) for calls in (3, 4)]
+        told = [
+            Report(
+                {"compiled after ready": 0, "fell back: moe": f"no gfx950 ({calls} calls)"},
+                [row("moe", "reference")],
+            )
+            for calls in (3, 4)
+        ]
         assert warnings(told[0], told[0], figures(), 100) == []
         assert "moe fell back" in warnings(*told, figures(), 100)[0]
 
@@ -241,13 +383,24 @@ class TestWarnings:
 
 
 class TestAblation:
-    ROWS = [row("moe", "flydsl", 4), row("moe", "triton", 2, phase="prefill"), row("route", "triton", 3), row("compress", "reference", 9), row("topk_select", "triton", 0)]
+    ROWS = [
+        row("moe", "flydsl", 4),
+        row("moe", "triton", 2, phase="prefill"),
+        row("route", "triton", 3),
+        row("compress", "reference", 9),
+        row("topk_select", "triton", 0),
+    ]
 
     def test_candidates_are_what_ran(self):
         assert ablation.candidates(self.ROWS) == {"moe": "flydsl, triton", "route": "triton"}
 
-    @pytest.mark.parametrize("asked, complaint", [
-        (["mo"], "no operator 'mo'"), (["compress"], "compress runs its reference already; moe, route can be turned back")])
+    @pytest.mark.parametrize(
+        "asked, complaint",
+        [
+            (["mo"], "no operator 'mo'"),
+            (["compress"], "compress runs its reference already; moe, route can be turned back"),
+        ],
+    )
     def test_wrong_choices(self, asked, complaint):
         with pytest.raises(BenchError, match=complaint):
             ablation.chosen(asked, ablation.candidates(self.ROWS))
@@ -257,18 +410,35 @@ class TestAblation:
             ablation.chosen([], {})
 
     def test_ranking(self):
-        """The baseline reads 1000 and, at the end, 980: a machine that drifts by 2 % cannot tell 1 %."""
+        """The baseline reads 1000 and, at the end, 980: a machine that drifts by 2 % cannot tell 1
+        %."""
         measured = {None: 980, "moe": 495, "route": 980}
+
         def measure(operator):
-            return {"tput_per_gpu": measured[operator], "median_tpot": 10 / measured[operator], "spread": None}
+            return {
+                "tput_per_gpu": measured[operator],
+                "median_tpot": 10 / measured[operator],
+                "spread": None,
+            }
+
         baseline = {"tput_per_gpu": 1000, "median_tpot": 0.01, "spread": None}
-        worths, noise = ablation.ablate(measure, ["route", "moe"], {"moe": "flydsl", "route": "triton"}, baseline)
+        worths, noise = ablation.ablate(
+            measure, ["route", "moe"], {"moe": "flydsl", "route": "triton"}, baseline
+        )
         assert noise == pytest.approx(20 / 990)
-        assert [(worth.operator, worth.certain) for worth in worths] == [("moe", True), ("route", False)]
-        assert worths[0].throughput_gain == pytest.approx(1.0) and worths[0].tpot_saved == pytest.approx(10 / 495 - (0.01 + 10 / 980) / 2)
+        assert [(worth.operator, worth.certain) for worth in worths] == [
+            ("moe", True),
+            ("route", False),
+        ]
+        assert worths[0].throughput_gain == pytest.approx(1.0) and worths[
+            0
+        ].tpot_saved == pytest.approx(10 / 495 - (0.01 + 10 / 980) / 2)
 
     def test_environment_without(self):
-        changed = ablation.without("moe", {"DSV4_MOE": "triton", "DSV4_LAYERS_MOE": "0-3", "DSV4_PROFILE": "safe", "A": "b"})
+        changed = ablation.without(
+            "moe",
+            {"DSV4_MOE": "triton", "DSV4_LAYERS_MOE": "0-3", "DSV4_PROFILE": "safe", "A": "b"},
+        )
         assert changed == {"DSV4_MOE": "reference", "DSV4_PROFILE": "safe", "A": "b"}
 
     def test_another_variable_insists(self):
@@ -280,22 +450,64 @@ class TestClient:
     def test_defaults_are_inferencex_s(self):
         words = client_command("http://x", "m", "/t", Load.closed(8, Workload()), Workload(), "out")
         pairs = dict(zip(words, words[1:]))
-        assert {name: pairs[name] for name in ("--random-input-len", "--random-output-len", "--random-range-ratio", "--num-prompts",
-                                               "--warmup-requests", "--max-concurrency", "--request-rate")} == {
-            "--random-input-len": "8192", "--random-output-len": "1024", "--random-range-ratio": "0.8", "--num-prompts": "80",
-            "--warmup-requests": "16", "--max-concurrency": "8", "--request-rate": "inf"}
+        assert {
+            name: pairs[name]
+            for name in (
+                "--random-input-len",
+                "--random-output-len",
+                "--random-range-ratio",
+                "--num-prompts",
+                "--warmup-requests",
+                "--max-concurrency",
+                "--request-rate",
+            )
+        } == {
+            "--random-input-len": "8192",
+            "--random-output-len": "1024",
+            "--random-range-ratio": "0.8",
+            "--num-prompts": "80",
+            "--warmup-requests": "16",
+            "--max-concurrency": "8",
+            "--request-rate": "inf",
+        }
         assert "--disable-ignore-eos" not in words
 
-    @pytest.mark.parametrize("changes, complaint", [({"osl": 1}, "--osl is 1"), ({"range_ratio": 0}, "--range-ratio is 0"), ({"isl": 0}, "--isl is 0"),
-                                                    ({"osl": 4, "range_ratio": 0.3}, "answers of one token")])
+    @pytest.mark.parametrize(
+        "changes, complaint",
+        [
+            ({"osl": 1}, "--osl is 1"),
+            ({"range_ratio": 0}, "--range-ratio is 0"),
+            ({"isl": 0}, "--isl is 0"),
+            ({"osl": 4, "range_ratio": 0.3}, "answers of one token"),
+        ],
+    )
     def test_wrong_workloads(self, changes, complaint):
         with pytest.raises(BenchError, match=complaint):
             Workload(**changes)
 
     def test_secrets_are_not_recorded(self):
-        kept = environment.steering({"DSV4_MOE": "triton", "SGLANG_API_KEY": "x", "HF_TOKEN": "x", "HOME": "/", "NCCL_DEBUG": "INFO"})
+        kept = environment.steering(
+            {
+                "DSV4_MOE": "triton",
+                "SGLANG_API_KEY": "x",
+                "HF_TOKEN": "x",
+                "HOME": "/",
+                "NCCL_DEBUG": "INFO",
+            }
+        )
         assert kept == {"DSV4_MOE": "triton", "NCCL_DEBUG": "INFO"}
-        server = Server("u", "m", "m", "t", {"api_key": "x", "tp_size": 8, "watermark_key": "<redacted>", "launch_command": "--model-path m --port 5 --tp-size 8"})
+        server = Server(
+            "u",
+            "m",
+            "m",
+            "t",
+            {
+                "api_key": "x",
+                "tp_size": 8,
+                "watermark_key": "<redacted>",
+                "launch_command": "--model-path m --port 5 --tp-size 8",
+            },
+        )
         assert "api_key" not in server.safe_arguments() and server.safe_arguments()["tp_size"] == 8
         assert server.launch == "--model-path m --tp-size 8"
 
@@ -306,18 +518,24 @@ class TestClient:
                 pass
 
 
-@pytest.mark.parametrize("words, complaint", [
-    ([], "give the address of a running server"),
-    (["http://x", "--serve", "m"], "which stands alone"),
-    (["http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9/v1/models"),
-    (["http://127.0.0.1:9", "--ttft-ms", "5"], "give both"),
-    (["http://127.0.0.1:9", "--conc", "1", "--offline", "5"], "give one of them"),
-    (["http://127.0.0.1:9", "--repeat", "0"], "--repeat is 0"),
-    (["http://127.0.0.1:9", "--ablate"], "--ablate starts servers of its own"),
-    (["--recipe", "mi355x-pro-dp8-throughput"], "not served by this version: --attn-dp-size"),
-    (["--recipe", "mi355x-pro-disaggregated", "--arm", "router"], "one of several servers that run together"),
-    (["--serve", "--cpu tiny"], "begins with no model"),
-])
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        ([], "give the address of a running server"),
+        (["http://x", "--serve", "m"], "which stands alone"),
+        (["http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9/v1/models"),
+        (["http://127.0.0.1:9", "--ttft-ms", "5"], "give both"),
+        (["http://127.0.0.1:9", "--conc", "1", "--offline", "5"], "give one of them"),
+        (["http://127.0.0.1:9", "--repeat", "0"], "--repeat is 0"),
+        (["http://127.0.0.1:9", "--ablate"], "--ablate starts servers of its own"),
+        (["--recipe", "mi355x-pro-dp8-throughput"], "not served by this version: --attn-dp-size"),
+        (
+            ["--recipe", "mi355x-pro-disaggregated", "--arm", "router"],
+            "one of several servers that run together",
+        ),
+        (["--serve", "--cpu tiny"], "begins with no model"),
+    ],
+)
 def test_wrong_input(capsys, monkeypatch, tmp_path, words, complaint):
     monkeypatch.chdir(tmp_path)
     assert main(["bench", *words]) == 2

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `answering_server`: pytest's importlib mode adds no directory
+# for `answering_server`: pytest's importlib mode adds no directory
+sys.path.insert(0, str(Path(__file__).parent))
 from answering_server import answering, finds_needles  # noqa: E402
 
 from dsv4_plugin.bench import gate  # noqa: E402
@@ -28,17 +29,20 @@ def knows(*wrong: int, form: str = "So it is\n#### {}"):
     def reply(text):
         [index] = [index for index, row in enumerate(rows) if row["question"] in text]
         return form.format("7" if index in wrong else rows[index]["answer"].rpartition("#### ")[2])
+
     return reply
 
 
 @pytest.fixture
 def evaluate(tmp_path, capsys):
     """Runs `dsv4 eval`; returns its status, what it printed, and what it wrote."""
+
     def run(*words):
         out = tmp_path / "scores.json"
         status = main(["eval", *map(str, words), "--out", str(out)])
         said = capsys.readouterr()
         return status, said.out + said.err, json.loads(out.read_text()) if out.exists() else None
+
     return run
 
 
@@ -67,10 +71,16 @@ class TestGsm8k:
     def test_metrics(self, evaluate):
         with answering(knows(form="It is {}.")) as url:
             assert evaluate(url, "--gsm8k", SUMS)[2]["scores"][0]["score"] == 0
-            assert evaluate(url, "--gsm8k", SUMS, "--metric", "flexible-extract")[2]["scores"][0]["score"] == 1
+            assert (
+                evaluate(url, "--gsm8k", SUMS, "--metric", "flexible-extract")[2]["scores"][0][
+                    "score"
+                ]
+                == 1
+            )
 
     def test_a_server_that_refuses_is_no_score(self, evaluate):
-        """Were lost requests counted as wrong answers, a server too small would look like a bad model."""
+        """Were lost requests counted as wrong answers, a server too small would look like a bad
+        model."""
         with answering(knows(), context=10) as url:
             status, said, written = evaluate(url, "--gsm8k", SUMS)
         assert status == 2 and "lm-eval could not evaluate" in said and written is None
@@ -84,13 +94,16 @@ class TestGsm8k:
 class TestNeedle:
     def test_found_at_every_depth(self, evaluate):
         with answering(finds_needles) as url:
-            status, said, written = evaluate(url, "--needle", "300,1k", "--needles", 2, "--needle-threshold", 1)
+            status, said, written = evaluate(
+                url, "--needle", "300,1k", "--needles", 2, "--needle-threshold", 1
+            )
         assert status == 0 and said.count("found") == 2 * 2 * len(DEPTHS)
         assert written["scores"][0]["score"] == 1
 
     def test_a_server_that_sees_only_the_end(self, evaluate):
-        """It keeps the last fifth of each text, so it misses the four needles that are not at the end."""
-        with answering(lambda text: finds_needles(text[-max(len(text) // 5, 150):])) as url:
+        """It keeps the last fifth of each text, so it misses the four needles that are not at the
+        end."""
+        with answering(lambda text: finds_needles(text[-max(len(text) // 5, 150) :])) as url:
             status, said, written = evaluate(url, "--needle", "1000", "--needle-threshold", 1)
         assert status == 1 and said.count("MISSED") == 4
         assert written["scores"][0]["score"] == 1 / 5
@@ -99,7 +112,8 @@ class TestNeedle:
         seen = []
         with answering(lambda text: seen.append(len(text.split())) or finds_needles(text)) as url:
             evaluate(url, "--needle", "2000")
-        # The needle is between whole sentences, so a prompt may miss its length by a sentence or two of at most ten words.
+        # The needle is between whole sentences, so a prompt may miss its length by a sentence or
+        # two of at most ten words.
         assert len(seen[2:]) == len(DEPTHS) and all(abs(length - 2000) <= 60 for length in seen[2:])
 
     def test_a_length_that_the_server_refuses(self, evaluate):
@@ -116,11 +130,13 @@ class TestNeedle:
             text = prompt(case, 100)
             assert text.count(str(case.number)) == 1
             place = text.index(str(case.number)) / len(text)
-            assert abs(place - case.depth) < 0.05  # one of a hundred sentences, and the question at the end
+            # one of a hundred sentences, and the question at the end
+            assert abs(place - case.depth) < 0.05
 
 
 def remembers(text):
-    """Goes on with a cue, or answers the question of a chat, as the text says; "tea" when it does not say."""
+    """Goes on with a cue, or answers the question of a chat, as the text says; "tea" when it does
+    not say."""
     name = re.search(r"What does (\w+) like\?$| (\w+) likes$", text)
     if name is None:
         return ""
@@ -132,7 +148,11 @@ def remembers(text):
 def filler(tmp_path, monkeypatch):
     """The text between facts, as the shipped checkpoint would bring it."""
     draw = random.Random(0)
-    (tmp_path / "held_out.txt").write_text(" ".join(draw.choice(("wind", "harbour", "autumn", "copper", "lantern")) for _ in range(4000)))
+    (tmp_path / "held_out.txt").write_text(
+        " ".join(
+            draw.choice(("wind", "harbour", "autumn", "copper", "lantern")) for _ in range(4000)
+        )
+    )
     monkeypatch.setattr(gate, "checkpoint_directory", lambda: tmp_path)
 
 
@@ -141,9 +161,14 @@ class TestRecall:
     @pytest.mark.parametrize("api", [[], ["--api", "chat"]])
     def test_a_server_that_remembers(self, evaluate, api):
         with answering(remembers) as url:
-            status, said, written = evaluate(url, "--recall", "100,1k", "--recall-threshold", 1, *api)
+            status, said, written = evaluate(
+                url, "--recall", "100,1k", "--recall-threshold", 1, *api
+            )
         assert status == 0 and said.count(": right") == 2 * 24
-        assert [(score["task"], score["score"], score["count"]) for score in written["scores"]] == [("recall 100", 1, 24), ("recall 1024", 1, 24)]
+        assert [(score["task"], score["score"], score["count"]) for score in written["scores"]] == [
+            ("recall 100", 1, 24),
+            ("recall 1024", 1, 24),
+        ]
 
     def test_a_server_that_sees_only_the_end(self, evaluate):
         """It keeps the last 400 words: what was told 100 words before, but nothing from 1000."""
@@ -155,11 +180,17 @@ class TestRecall:
         assert far["score"] <= 1 / 24
 
     def test_lengths_are_the_servers_tokens(self, evaluate):
-        """A word has some six characters here; the first guess of a length is mended by what the server counts."""
+        """A word has some six characters here; the first guess of a length is mended by what the
+        server counts."""
         seen = []
-        with answering(lambda text: seen.append(len(text.split())) or remembers(text) if text.endswith("likes") else "") as url:
+        with answering(
+            lambda text: (
+                seen.append(len(text.split())) or remembers(text) if text.endswith("likes") else ""
+            )
+        ) as url:
             _, said, _ = evaluate(url, "--recall", "2000")
-        # Half of the facts and half of the cues lie outside of the mean distance; a fact has three words, a gap at most six.
+        # Half of the facts and half of the cues lie outside of the mean distance; a fact has three
+        # words, a gap at most six.
         assert all(2000 - 40 <= length <= 2000 + 24 * 9 for length in seen[-24:])
         distances = [int(each) for each in re.findall(r"told (\d+) tokens before", said)]
         assert abs(sum(distances) / len(distances) - 2000) <= 40
@@ -185,7 +216,8 @@ class TestRecall:
 
 class TestDifference:
     def test_paired(self):
-        """Of six items one was lost and one gained: the mean is 0 and its error that of (1, -1, 0, 0, 0, 0)."""
+        """Of six items one was lost and one gained: the mean is 0 and its error that of (1, -1, 0,
+        0, 0, 0)."""
         first = Score("t", "m", dict(zip("abcdef", (1, 1, 1, 0, 0, 1))))
         second = Score("t", "m", dict(zip("abcdef", (1, 1, 0, 1, 0, 1))))
         found = difference(first, second)
@@ -202,7 +234,9 @@ class TestDifference:
             assert evaluate(good, "--gsm8k", SUMS, "--against", bad)[0] == 0
             status, said, written = evaluate(bad, "--gsm8k", SUMS, "--against", good)
         assert status == 1 and "WORSE" in said
-        assert written["differences"][0]["mean"] == -6 / 8 and written["differences"][0]["worse"] == 6
+        assert (
+            written["differences"][0]["mean"] == -6 / 8 and written["differences"][0]["worse"] == 6
+        )
 
     def test_an_earlier_result(self, evaluate, tmp_path):
         with answering(knows()) as url:
@@ -210,16 +244,23 @@ class TestDifference:
         earlier = (tmp_path / "scores.json").rename(tmp_path / "earlier.json")
         with answering(knows(2)) as url:
             status, said, _ = evaluate(url, "--gsm8k", SUMS, "--against", earlier)
-        # One of eight is lost: 0.125 with a standard error of 0.125, which is no more than two of them.
+        # One of eight is lost: 0.125 with a standard error of 0.125, which is no more than two of
+        # them.
         assert status == 0 and "-0.1250 ± 0.1250" in said
 
 
-@pytest.mark.parametrize("words, complaint", [
-    (["http://127.0.0.1:9", "--needle", "100"], "no server answers at http://127.0.0.1:9/v1/models"),
-    (["127.0.0.1:30000", "--needle", "100"], "is no address of a server"),
-    (["http://127.0.0.1:9"], "nothing to evaluate"),
-    (["http://127.0.0.1:9", "--recipe", "cpu-tiny"], "names no task (none: random weights)"),
-])
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (
+            ["http://127.0.0.1:9", "--needle", "100"],
+            "no server answers at http://127.0.0.1:9/v1/models",
+        ),
+        (["127.0.0.1:30000", "--needle", "100"], "is no address of a server"),
+        (["http://127.0.0.1:9"], "nothing to evaluate"),
+        (["http://127.0.0.1:9", "--recipe", "cpu-tiny"], "names no task (none: random weights)"),
+    ],
+)
 def test_wrong_input(evaluate, words, complaint):
     status, said, written = evaluate(*words)
     assert status == 2 and complaint in said and written is None

@@ -23,7 +23,9 @@ def test_mean_lengths():
 def test_one_user_waits_for_nobody():
     point = limit_point(PRO, MI355X, Layout(8), 1, WORKLOAD)
     assert point.tpot == pytest.approx(point.decode.seconds, rel=1e-12)
-    assert point.tput_per_gpu == pytest.approx((WORKLOAD.isl + WORKLOAD.osl) / (point.prefill_seconds + WORKLOAD.osl * point.tpot) / 8)
+    assert point.tput_per_gpu == pytest.approx(
+        (WORKLOAD.isl + WORKLOAD.osl) / (point.prefill_seconds + WORKLOAD.osl * point.tpot) / 8
+    )
 
 
 def test_tokens_are_conserved():
@@ -53,19 +55,28 @@ def test_a_model_that_does_not_fit_has_no_curve():
 
 def made_curve(launch, decode, prefill, noise=()):
     """A curve that reaches exactly these efficiencies."""
-    efficiency = Efficiency(bandwidth=decode, compute=decode, link=decode, launch=launch, prefill=prefill / decode)
+    efficiency = Efficiency(
+        bandwidth=decode, compute=decode, link=decode, launch=launch, prefill=prefill / decode
+    )
     points = []
-    for index, (layout, conc) in enumerate([("tp8", 1), ("tp8", 4), ("tp8", 16), ("dp8", 64), ("dp8", 256)]):
+    for index, (layout, conc) in enumerate(
+        [("tp8", 1), ("tp8", 4), ("tp8", 16), ("dp8", 64), ("dp8", 256)]
+    ):
         made = limit_point(PRO, MI355X, Layout.parse(layout), conc, WORKLOAD, efficiency)
         factor = noise[index] if noise else 1.0
-        points.append(Point(conc, made.tput_per_gpu * factor, made.intvty * factor, 0, 0, layout=layout))
+        points.append(
+            Point(conc, made.tput_per_gpu * factor, made.intvty * factor, 0, 0, layout=layout)
+        )
     return Curve("made", tuple(points), "MI355X", 8, 8192, 1024)
 
 
-@pytest.mark.parametrize("launch, decode, prefill", [(10e-6, 0.4, 0.3), (2e-6, 0.9, 0.5), (50e-6, 0.05, 0.05)])
+@pytest.mark.parametrize(
+    "launch, decode, prefill", [(10e-6, 0.4, 0.3), (2e-6, 0.9, 0.5), (50e-6, 0.05, 0.05)]
+)
 def test_the_fit_finds_what_made_a_curve(launch, decode, prefill):
     fit = fit_curve(made_curve(launch, decode, prefill), PRO, MI355X)
-    # The made prefill does not stretch its own launches by 1/decode, 1.4 ms of about 100: 2 % is twice that.
+    # The made prefill does not stretch its own launches by 1/decode, 1.4 ms of about 100: 2 % is
+    # twice that.
     assert fit.launch == pytest.approx(launch, rel=0.02)
     assert fit.decode_efficiency == pytest.approx(decode, rel=0.02)
     assert fit.prefill_efficiency == pytest.approx(prefill, rel=0.02)
@@ -76,17 +87,30 @@ def test_the_fit_finds_what_made_a_curve(launch, decode, prefill):
 def test_the_efficiencies_of_a_fit_make_its_curve_again():
     fit = fit_curve(made_curve(10e-6, 0.4, 0.3), PRO, MI355X)
     for each in fit.points:
-        again = limit_point(PRO, MI355X, Layout.parse(each.point.layout), each.point.concurrency, WORKLOAD, fit.efficiency())
+        again = limit_point(
+            PRO,
+            MI355X,
+            Layout.parse(each.point.layout),
+            each.point.concurrency,
+            WORKLOAD,
+            fit.efficiency(),
+        )
         assert again.cycle == pytest.approx(each.fitted_cycle, rel=0.02)  # the same 1.4 ms as above
 
 
 def test_a_beaten_point_takes_no_part():
     curve = made_curve(10e-6, 0.4, 0.3)
-    slow = dataclasses.replace(curve.points[-1], concurrency=512, tput_per_gpu=curve.points[-1].tput_per_gpu / 3,
-                               intvty=curve.points[-1].intvty / 3)
+    slow = dataclasses.replace(
+        curve.points[-1],
+        concurrency=512,
+        tput_per_gpu=curve.points[-1].tput_per_gpu / 3,
+        intvty=curve.points[-1].intvty / 3,
+    )
     with_slow = dataclasses.replace(curve, points=(*curve.points, slow))
     fit, alone = fit_curve(with_slow, PRO, MI355X), fit_curve(curve, PRO, MI355X)
-    assert (fit.launch, fit.decode_efficiency) == pytest.approx((alone.launch, alone.decode_efficiency))
+    assert (fit.launch, fit.decode_efficiency) == pytest.approx(
+        (alone.launch, alone.decode_efficiency)
+    )
     assert [point.fitted for point in fit.points] == [True] * 5 + [False]
 
 

@@ -3,12 +3,17 @@
 import numpy as np
 import pytest
 import scipy.interpolate  # noqa: F401  loaded before hypothesis times the first example
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dsv4_plugin.bench.pareto import Frontier, monotone_cubic
 
 falling = st.lists(st.tuples(st.floats(0.1, 100), st.floats(0.1, 100)), min_size=2, max_size=9).map(
-    lambda steps: (np.cumsum([dx for dx, _ in steps]), np.cumsum([dy for _, dy in steps])[::-1].copy()))
+    lambda steps: (
+        np.cumsum([dx for dx, _ in steps]),
+        np.cumsum([dy for _, dy in steps])[::-1].copy(),
+    )
+)
 
 
 @given(falling, st.floats(0, 1))
@@ -34,14 +39,18 @@ def test_a_line_stays_a_line(x, slope, intercept):
     at = np.linspace(x[0], x[-1], 17)
     # fp64 rounding of sums of up to |slope| x[-1] + |intercept|
     scale = abs(slope) * x[-1] + abs(intercept) + 1
-    assert monotone_cubic(x, slope * x + intercept, at) == pytest.approx(slope * at + intercept, abs=1e-9 * scale)
+    assert monotone_cubic(x, slope * x + intercept, at) == pytest.approx(
+        slope * at + intercept, abs=1e-9 * scale
+    )
 
 
 def test_inner_slope_follows_steffens_rule():
-    """Knots (0, 0), (1, 1), (3, 2): secants 1 and 1/2; the parabola's slope at 1 is (1·2 + 0.5·1)/3 = 5/6, below 2·0.5, so it holds.
+    """Knots (0, 0), (1, 1), (3, 2): secants 1 and 1/2; the parabola's slope at 1 is (1·2 + 0.5·1)/3
+    = 5/6, below 2·0.5, so it holds.
 
-    Evaluated by hand on [1, 3], whose right slope is (3·0.5 - 5/6)/2 = 1/3: Hermite at the middle is the mean of the values plus
-    (left slope - right slope)·width/8 = 1.5 + (5/6 - 1/3)·2/8 = 1.625.
+    Evaluated by hand on [1, 3], whose right slope is (3·0.5 - 5/6)/2 = 1/3: Hermite at the middle
+    is the mean of the values plus (left slope - right slope)·width/8 = 1.5 + (5/6 - 1/3)·2/8 =
+    1.625.
     """
     x, y = np.array([0.0, 1.0, 3.0]), np.array([0.0, 1.0, 2.0])
     assert monotone_cubic(x, y, np.array([2.0]))[0] == pytest.approx(1.625, rel=1e-12)

@@ -25,13 +25,26 @@ def published(tmp_path_factory):
 
 def test_published_files(published):
     assert {path.name for path in published.iterdir()} == {
-        "iso_interactivity.csv", "pareto.png", "pareto.svg", "cost.csv", "report.md", "report.html"}
+        "iso_interactivity.csv",
+        "pareto.png",
+        "pareto.svg",
+        "cost.csv",
+        "report.md",
+        "report.html",
+    }
     assert (published / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_iso_interactivity_table(published):
     head, *rows = read_csv(published / "iso_interactivity.csv")
-    assert head == ["tok_s_user", "2026-04-25", "2026-05-02", "2026-05-04", "2026-05-10", "2026-05-21"]
+    assert head == [
+        "tok_s_user",
+        "2026-04-25",
+        "2026-05-02",
+        "2026-05-04",
+        "2026-05-10",
+        "2026-05-21",
+    ]
     cells = {row[0]: row[1:] for row in rows}
     assert list(cells) == ["8", "10", "12", "15", "17", "20", "25", "30", "40", "50"]
     assert cells["8"][0] == "" and cells["8"][4] == ""
@@ -42,7 +55,11 @@ def test_iso_interactivity_table(published):
 def test_costs(published):
     head, *rows = read_csv(published / "cost.csv")
     column = head.index
-    peak = next(row for row in rows if row[column("tok_s_gpu")] == "2256.1" and row[column("owner")] == "hyperscaler")
+    peak = next(
+        row
+        for row in rows
+        if row[column("tok_s_gpu")] == "2256.1" and row[column("owner")] == "hyperscaler"
+    )
     # 1.48 · 10⁶ / (3600 · 2256.1) in all; one token of nine is written.
     assert float(peak[column("dollars_per_million_total")]) == pytest.approx(0.1822, abs=1e-4)
     assert float(peak[column("dollars_per_million_output")]) == pytest.approx(9 * 0.18222, abs=1e-3)
@@ -71,7 +88,10 @@ def test_own_results_are_drawn_beside_the_published_curves(tmp_path, result, wri
 
 
 def test_another_workload_stands_alone(tmp_path, capsys, result, write):
-    path = write(tmp_path / "tiny.json", [result(c, isl=64, osl=16, hw="cpu", label="tiny") for c in (1, 2, 4)])
+    path = write(
+        tmp_path / "tiny.json",
+        [result(c, isl=64, osl=16, hw="cpu", label="tiny") for c in (1, 2, 4)],
+    )
     assert main(["report", str(path), "--out", str(tmp_path / "out")]) == 0
     assert "not drawn together" in capsys.readouterr().err
     head, *rows = read_csv(tmp_path / "out" / "iso_interactivity.csv")
@@ -91,27 +111,46 @@ def test_limit_and_what_holds_points_back(tmp_path):
 def test_an_edited_cost_table_is_used(tmp_path):
     table = tmp_path / "costs.yaml"
     table.write_text("owners: {us: ourselves}\ndollars_per_gpu_hour: {MI355X: {us: 3.6}}\n")
-    assert main(["report", "--published", "--costs", str(table), "--out", str(tmp_path / "out")]) == 0
+    assert (
+        main(["report", "--published", "--costs", str(table), "--out", str(tmp_path / "out")]) == 0
+    )
     head, *rows = read_csv(tmp_path / "out" / "cost.csv")
     peak = next(row for row in rows if row[head.index("tok_s_gpu")] == "500.2")
     # 3.6 $/h is 1/1000 $ a second.
-    assert float(peak[head.index("dollars_per_million_total")]) == pytest.approx(1000 / 500.2, abs=1e-4)
+    assert float(peak[head.index("dollars_per_million_total")]) == pytest.approx(
+        1000 / 500.2, abs=1e-4
+    )
 
 
-@pytest.mark.parametrize("text, message", [
-    ("owners: {us: x}\ndollars_per_gpu_hour: {MI355X: {them: 1}}", "'them', which is not in 'owners'"),
-    ("owners: {us: x}\ndollars_per_gpu_hour: {MI355X: {us: free}}", "'free'; give dollars per GPU hour"),
-    ("[]", "needs the keys"), ("a: [", "cost table")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "owners: {us: x}\ndollars_per_gpu_hour: {MI355X: {them: 1}}",
+            "'them', which is not in 'owners'",
+        ),
+        (
+            "owners: {us: x}\ndollars_per_gpu_hour: {MI355X: {us: free}}",
+            "'free'; give dollars per GPU hour",
+        ),
+        ("[]", "needs the keys"),
+        ("a: [", "cost table"),
+    ],
+)
 def test_a_wrong_cost_table_is_named(tmp_path, capsys, text, message):
     table = tmp_path / "costs.yaml"
     table.write_text(text)
-    assert main(["report", "--published", "--costs", str(table), "--out", str(tmp_path / "out")]) == 2
+    assert (
+        main(["report", "--published", "--costs", str(table), "--out", str(tmp_path / "out")]) == 2
+    )
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([], "give result files"), (["--published", "--no-published"], "exclude each other")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [([], "give result files"), (["--published", "--no-published"], "exclude each other")],
+)
 def test_wrong_arguments(arguments, message, capsys, tmp_path):
     assert main(["report", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
@@ -125,9 +164,10 @@ def test_workloads_do_not_mix(tmp_path, capsys, result, write):
 
 def test_concurrency_labels_do_not_touch():
     """No two texts of the figure touch, and nearly every point has one."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     from dsv4_plugin.bench.curves import load_published
     from dsv4_plugin.bench.plot import draw
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = draw(load_published().curves)
     FigureCanvasAgg(figure).draw()
@@ -144,7 +184,9 @@ def test_the_shipped_cost_table_prices_every_gpu_of_the_roofline():
 
 
 def test_roofline_json(capsys):
-    assert main(["roofline", "--json", "--fit", "--batch", "1,32", "--what-if", "bandwidth=0.5"]) == 0
+    assert (
+        main(["roofline", "--json", "--fit", "--batch", "1,32", "--what-if", "bandwidth=0.5"]) == 0
+    )
     figures = json.loads(capsys.readouterr().out)
     assert figures["checkpoint_bytes"] == 864_704_792_696
     # Half the bandwidth: 1.01 ms at batch 1 becomes two of weights alone.
@@ -153,9 +195,15 @@ def test_roofline_json(capsys):
 
 
 def test_roofline_table(capsys):
-    assert main(["roofline", "--model", "flash", "--layout", "dp8", "--prefill", "--batch", "8"]) == 0
+    assert (
+        main(["roofline", "--model", "flash", "--layout", "dp8", "--prefill", "--batch", "8"]) == 0
+    )
     shown = capsys.readouterr().out
-    assert "Lower bound of one prefill step" in shown and "routed_experts" in shown and "Best possible curve" in shown
+    assert (
+        "Lower bound of one prefill step" in shown
+        and "routed_experts" in shown
+        and "Best possible curve" in shown
+    )
 
 
 def test_roofline_refuses_a_fit_of_another_gpu(capsys):
@@ -165,5 +213,9 @@ def test_roofline_refuses_a_fit_of_another_gpu(capsys):
 
 def test_data_files_have_the_suffixes_that_are_packaged():
     bench = Path(SHIPPED).parent
-    names = {path.suffix for path in bench.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    names = {
+        path.suffix
+        for path in bench.rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
     assert names <= {".yaml", ".json"}  # the suffixes that pyproject.toml lists

@@ -1,4 +1,5 @@
-"""Byte, FLOP and time totals against docs/model.md §1, §2 and §5, which were computed apart from this code."""
+"""Byte, FLOP and time totals against docs/model.md §1, §2 and §5, which were computed apart from
+this code."""
 
 import dataclasses
 import math
@@ -7,8 +8,17 @@ import pytest
 
 from dsv4_plugin.bench.assumptions import AssumptionError, parse
 from dsv4_plugin.bench.hardware import Hardware, HardwareError
-from dsv4_plugin.bench.roofline import (Efficiency, Layout, LayoutError, cached_bytes, decode_step, largest_batch, load_geometry,
-                                        prefill_step, resident)
+from dsv4_plugin.bench.roofline import (
+    Efficiency,
+    Layout,
+    LayoutError,
+    cached_bytes,
+    decode_step,
+    largest_batch,
+    load_geometry,
+    prefill_step,
+    resident,
+)
 from dsv4_plugin.bench.weights import component_bytes, holdings
 from dsv4_plugin.config import ConfigError, Geometry
 
@@ -26,9 +36,13 @@ def printed(value, digits):
     return float(f"{value:.{digits}g}")
 
 
-@pytest.mark.parametrize("geometry, backbone, mtp, size, tensors", [
-    (PRO, 1573.0, 25.8, 864_704_792_696, 145_116), (FLASH, 284.3, 6.6, 159_609_485_896, 69_187)])
-def test_parameters_bytes_and_tensors_of_the_released_checkpoints(geometry, backbone, mtp, size, tensors):
+@pytest.mark.parametrize(
+    "geometry, backbone, mtp, size, tensors",
+    [(PRO, 1573.0, 25.8, 864_704_792_696, 145_116), (FLASH, 284.3, 6.6, 159_609_485_896, 69_187)],
+)
+def test_parameters_bytes_and_tensors_of_the_released_checkpoints(
+    geometry, backbone, mtp, size, tensors
+):
     found = holdings(geometry)
     assert round(sum(h.elements for h in found if not h.mtp) / 1e9, 1) == backbone
     assert round(sum(h.elements for h in found if h.mtp) / 1e9, 1) == mtp
@@ -39,7 +53,11 @@ def test_parameters_bytes_and_tensors_of_the_released_checkpoints(geometry, back
 @pytest.mark.parametrize("geometry, active", [(PRO, 49.8), (FLASH, 13.8)])
 def test_active_parameters(geometry, active):
     share = geometry.num_experts_per_tok / geometry.n_routed_experts
-    counted = sum(h.elements * (share if h.component == "routed_experts" else 1) for h in holdings(geometry) if not h.mtp)
+    counted = sum(
+        h.elements * (share if h.component == "routed_experts" else 1)
+        for h in holdings(geometry)
+        if not h.mtp
+    )
     assert round(counted / 1e9, 1) == active
 
 
@@ -63,11 +81,20 @@ def test_resident_weights_per_gpu(geometry, gigabytes):
     assert resident(geometry, TP8) / 1e9 == pytest.approx(gigabytes, abs=0.1)
 
 
-@pytest.mark.parametrize("context, milliseconds", [
-    (8192, (1.01, 2.38, 6.10, 12.8, 17.0)), (131072, (1.03, 2.52, 6.66, 15.0, 25.9)), (1048576, (1.16, 3.56, 10.8, 31.6, 92.4))])
+@pytest.mark.parametrize(
+    "context, milliseconds",
+    [
+        (8192, (1.01, 2.38, 6.10, 12.8, 17.0)),
+        (131072, (1.03, 2.52, 6.66, 15.0, 25.9)),
+        (1048576, (1.16, 3.56, 10.8, 31.6, 92.4)),
+    ],
+)
 def test_memory_bound_of_a_decode_step(context, milliseconds):
     for batch, expected in zip((1, 8, 32, 128, 512), milliseconds):
-        assert printed(1e3 * decode_step(PRO, MI355X, TP8, batch, context).memory_seconds, 3) == expected
+        assert (
+            printed(1e3 * decode_step(PRO, MI355X, TP8, batch, context).memory_seconds, 3)
+            == expected
+        )
 
 
 def test_expert_bytes_dominate_at_batch_32():
@@ -77,7 +104,9 @@ def test_expert_bytes_dominate_at_batch_32():
     assert printed(sum(c.bytes for c in step.components) / 1e9, 3) == 48.8
 
 
-@pytest.mark.parametrize("geometry, totals", [(PRO, (109, 114, 132, 303)), (FLASH, (29, 32, 43, 140))])
+@pytest.mark.parametrize(
+    "geometry, totals", [(PRO, (109, 114, 132, 303)), (FLASH, (29, 32, 43, 140))]
+)
 def test_flop_per_token(geometry, totals):
     for context, expected in zip((4096, 32768, 131072, 1048576), totals):
         step = decode_step(geometry, MI355X, Layout(1), 1, context)
@@ -85,13 +114,30 @@ def test_flop_per_token(geometry, totals):
 
 
 def test_flop_per_token_by_part():
-    at = {context: flops(decode_step(PRO, MI355X, Layout(1), 1, context)) for context in (4096, 32768, 131072, 1048576)}
+    at = {
+        context: flops(decode_step(PRO, MI355X, Layout(1), 1, context))
+        for context in (4096, 32768, 131072, 1048576)
+    }
     parts = at[4096]
-    rows = {"wq_a_wkv wq_b wo_b": 28.4, "wo_a": 8.2, "compressor indexer_compressor": 1.6, "indexer": 0.8, "routed_experts": 48.4,
-            "shared_expert": 8.1, "gate": 0.3, "mhc": 0.2, "head": 1.9}
+    rows = {
+        "wq_a_wkv wq_b wo_b": 28.4,
+        "wo_a": 8.2,
+        "compressor indexer_compressor": 1.6,
+        "indexer": 0.8,
+        "routed_experts": 48.4,
+        "shared_expert": 8.1,
+        "gate": 0.3,
+        "mhc": 0.2,
+        "head": 1.9,
+    }
     for names, expected in rows.items():
         assert round(sum(parts[name] for name in names.split()) / 1e9, 1) == expected
-    for context, scores, core in ((4096, 0.5, 10.4), (32768, 4.0, 12.2), (131072, 16.1, 18.4), (1048576, 128.8, 76.7)):
+    for context, scores, core in (
+        (4096, 0.5, 10.4),
+        (32768, 4.0, 12.2),
+        (131072, 16.1, 18.4),
+        (1048576, 128.8, 76.7),
+    ):
         # The table rounds once; adding its three rounded rows may differ by one in the last place.
         assert at[context]["index_scan"] / 1e9 == pytest.approx(scores, abs=0.06)
         found = sum(at[context][name] for name in ("window", "selected", "compressed_128"))
@@ -99,31 +145,54 @@ def test_flop_per_token_by_part():
 
 
 def test_prefill_nanoseconds_per_token():
-    """The table's rates are 5 PFLOP/s FP8 and 2.5 bf16, and its wo_a runs in bf16; ours runs in FP8 as SGLang serves it."""
+    """The table's rates are 5 PFLOP/s FP8 and 2.5 bf16, and its wo_a runs in bf16; ours runs in FP8
+    as SGLang serves it."""
     hardware = dataclasses.replace(MI355X, flops={"fp8": 5e15, "bf16": 2.5e15})
-    for length, core, scores, total in ((4096, 310, 50, 4.2), (32768, 532, 403, 4.8), (131072, 707, 1611, 6.1), (1048576, 2168, 12885, 18.9)):
+    for length, core, scores, total in (
+        (4096, 310, 50, 4.2),
+        (32768, 532, 403, 4.8),
+        (131072, 707, 1611, 6.1),
+        (1048576, 2168, 12885, 18.9),
+    ):
         step = prefill_step(PRO, hardware, TP8, 1, length)
         ns = {c.name: 1e9 * c.compute_seconds(hardware) / length for c in step.components}
-        assert sum(ns[name] for name in ("window", "selected", "compressed_128")) == pytest.approx(core, abs=1)
+        assert sum(ns[name] for name in ("window", "selected", "compressed_128")) == pytest.approx(
+            core, abs=1
+        )
         assert ns["index_scan"] == pytest.approx(scores, abs=1)
         ns["wo_a"] *= 2
         assert sum(ns.values()) / 1e3 == pytest.approx(total, abs=0.06)
     assert ns["wq_a_wkv"] + ns["wq_b"] + ns["wo_b"] == pytest.approx(1023, abs=1)
-    for name, expected in (("wo_a", 409), ("indexer", 157), ("routed_experts", 1209), ("shared_expert", 202), ("gate", 134), ("mhc", 67)):
+    for name, expected in (
+        ("wo_a", 409),
+        ("indexer", 157),
+        ("routed_experts", 1209),
+        ("shared_expert", 202),
+        ("gate", 134),
+        ("mhc", 67),
+    ):
         assert ns[name] == pytest.approx(expected, abs=1)
     assert ns["compressor"] + ns["indexer_compressor"] == pytest.approx(622, abs=1)
 
 
-@pytest.mark.parametrize("geometry, growth, window, ring", [(PRO, 5511, 4.35, 17.8), (FLASH, 3850, 3.07, 11.6)])
+@pytest.mark.parametrize(
+    "geometry, growth, window, ring", [(PRO, 5511, 4.35, 17.8), (FLASH, 3850, 3.07, 11.6)]
+)
 def test_cache_of_a_request(geometry, growth, window, ring):
     """docs/model.md §4: bytes per token, then MiB of window and of compressor state."""
-    assert (cached_bytes(geometry, 2 << 20) - cached_bytes(geometry, 1 << 20)) / (1 << 20) == pytest.approx(growth, abs=1)
-    fixed = (cached_bytes(geometry, 4096) - 4096 * (cached_bytes(geometry, 8192) - cached_bytes(geometry, 4096)) / 4096) / 2**20
+    assert (cached_bytes(geometry, 2 << 20) - cached_bytes(geometry, 1 << 20)) / (
+        1 << 20
+    ) == pytest.approx(growth, abs=1)
+    fixed = (
+        cached_bytes(geometry, 4096)
+        - 4096 * (cached_bytes(geometry, 8192) - cached_bytes(geometry, 4096)) / 4096
+    ) / 2**20
     assert fixed == pytest.approx(window + ring, abs=0.1)
 
 
 def test_cached_tokens_that_fit_beside_pro():
-    """docs/model.md §5: about 26 M tokens of history in what 90 % of 288 GB leaves. Requests carry windows and state besides."""
+    """docs/model.md §5: about 26 M tokens of history in what 90 % of 288 GB leaves. Requests carry
+    windows and state besides."""
     requests = largest_batch(PRO, MI355X, TP8, 1 << 20)
     assert requests * (1 << 20) == pytest.approx(26e6, rel=0.05)
 
@@ -142,14 +211,29 @@ def test_attention_groups_hold_whole_heads_and_divide_the_caches():
     assert of(data, "wq_b").bytes == 8 * of(tensor, "wq_b").bytes
     assert 8 * of(data, "selected").bytes == of(tensor, "selected").bytes
     assert of(data, "routed_experts").bytes == of(tensor, "routed_experts").bytes
-    assert sum(flops(data).values()) == pytest.approx(sum(flops(tensor).values()) - sum(
-        7 / 8 * flops(tensor)[name] for name in ("wq_a_wkv", "compressor", "indexer_compressor", "indexer", "gate", "mhc", "index_scan")))
+    assert sum(flops(data).values()) == pytest.approx(
+        sum(flops(tensor).values())
+        - sum(
+            7 / 8 * flops(tensor)[name]
+            for name in (
+                "wq_a_wkv",
+                "compressor",
+                "indexer_compressor",
+                "indexer",
+                "gate",
+                "mhc",
+                "index_scan",
+            )
+        )
+    )
 
 
 def test_fp8_experts_cost_nearly_twice_the_bytes():
     stored = component_bytes(dataclasses.replace(PRO, expert_dtype="fp8"))["routed_experts"]
     # FP4: half a byte and 1/32 of scale; FP8 base: a byte and 4/16384.
-    assert stored / component_bytes(PRO)["routed_experts"] == pytest.approx((1 + 4 / 128**2) / (0.5 + 1 / 32), rel=1e-9)
+    assert stored / component_bytes(PRO)["routed_experts"] == pytest.approx(
+        (1 + 4 / 128**2) / (0.5 + 1 / 32), rel=1e-9
+    )
 
 
 def test_shipped_geometries_are_the_released_ones(released_config):
@@ -157,8 +241,17 @@ def test_shipped_geometries_are_the_released_ones(released_config):
     assert load_geometry(name) == Geometry.from_config(released_config)
 
 
-@pytest.mark.parametrize("text, layout", [("tp8", Layout(8)), ("tp1", Layout(1)), ("dp8", Layout(8, 8)), ("dp8-ep8", Layout(8, 8, 8)),
-                                          ("dp4/8", Layout(8, 4)), ("tp8-ep8", Layout(8, 1, 8))])
+@pytest.mark.parametrize(
+    "text, layout",
+    [
+        ("tp8", Layout(8)),
+        ("tp1", Layout(1)),
+        ("dp8", Layout(8, 8)),
+        ("dp8-ep8", Layout(8, 8, 8)),
+        ("dp4/8", Layout(8, 4)),
+        ("tp8-ep8", Layout(8, 1, 8)),
+    ],
+)
 def test_layout_names(text, layout):
     assert Layout.parse(text) == layout
 
@@ -169,7 +262,14 @@ def test_a_wrong_layout_is_named(text):
         Layout.parse(text)
 
 
-@pytest.mark.parametrize("layout, message", [(Layout(3), "num_attention_heads 128"), (Layout(8, 3), "do not divide 8 GPUs"), (Layout(8, 8, 4), "ep is 4")])
+@pytest.mark.parametrize(
+    "layout, message",
+    [
+        (Layout(3), "num_attention_heads 128"),
+        (Layout(8, 3), "do not divide 8 GPUs"),
+        (Layout(8, 8, 4), "ep is 4"),
+    ],
+)
 def test_a_layout_that_does_not_fit_is_refused(layout, message):
     with pytest.raises(LayoutError, match=message):
         decode_step(PRO, MI355X, layout, 1, 8192)
@@ -191,13 +291,25 @@ def test_wrong_names_are_errors(tmp_path):
 def test_every_gpu_bounds_both_models(name):
     hardware = Hardware.named(name)
     for geometry in (PRO, FLASH):
-        assert 0 < decode_step(geometry, hardware, TP8, 1, 8192).seconds < prefill_step(geometry, hardware, TP8, 1, 8192).seconds < math.inf
+        assert (
+            0
+            < decode_step(geometry, hardware, TP8, 1, 8192).seconds
+            < prefill_step(geometry, hardware, TP8, 1, 8192).seconds
+            < math.inf
+        )
 
 
 def test_what_if():
     assert parse("") == Efficiency()
     assert parse("bandwidth=0.6,launch_us=5") == Efficiency(bandwidth=0.6, launch=5e-6)
-    for text, message in (("bandwith=1", "did you mean bandwidth"), ("zebra=1", "there are bandwidth"), ("compute=fast", "is not a number"),
-                          ("compute=0", "above 0"), ("link=-1", "above 0"), ("link=inf", "finite"), ("launch_us", "is not a number")):
+    for text, message in (
+        ("bandwith=1", "did you mean bandwidth"),
+        ("zebra=1", "there are bandwidth"),
+        ("compute=fast", "is not a number"),
+        ("compute=0", "above 0"),
+        ("link=-1", "above 0"),
+        ("link=inf", "finite"),
+        ("launch_us", "is not a number"),
+    ):
         with pytest.raises(AssumptionError, match=message):
             parse(text)

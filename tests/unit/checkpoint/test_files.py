@@ -35,7 +35,9 @@ def edit(directory, name: str, change) -> None:
     tensors = load_file(directory / file)
     change(tensors)
     save_file(tensors, directory / file)
-    index["weight_map"] = {key: value for key, value in index["weight_map"].items() if value != file} | dict.fromkeys(tensors, file)
+    index["weight_map"] = {
+        key: value for key, value in index["weight_map"].items() if value != file
+    } | dict.fromkeys(tensors, file)
     (directory / INDEX).write_text(json.dumps(index))
 
 
@@ -52,7 +54,9 @@ def test_tensors_are_those_of_the_files(golden_dir):
     assert read.keys() == expected.keys()
     for name, tensor in read.items():
         assert tensor.dtype == expected[name].dtype
-        assert torch.equal(tensor.flatten().view(torch.uint8), expected[name].flatten().view(torch.uint8))
+        assert torch.equal(
+            tensor.flatten().view(torch.uint8), expected[name].flatten().view(torch.uint8)
+        )
 
 
 def test_tensors_of_all_shards_come_once(tiny_dir):
@@ -61,7 +65,9 @@ def test_tensors_of_all_shards_come_once(tiny_dir):
 
 
 def test_missing_tensor(copy):
-    edit(copy, "layers.3.attn.wq_a.weight", lambda tensors: tensors.pop("layers.3.attn.wq_a.weight"))
+    edit(
+        copy, "layers.3.attn.wq_a.weight", lambda tensors: tensors.pop("layers.3.attn.wq_a.weight")
+    )
     assert "1 missing: layers.3.attn.wq_a.weight;" in refusal(copy)
 
 
@@ -77,12 +83,22 @@ def test_many_offenders_are_counted(copy):
     assert "1 unexpected: layers.0.attn.surprise" in message
 
 
-@pytest.mark.parametrize("replacement, told", [
-    (torch.zeros(512, 64, dtype=torch.float8_e4m3fn), "is F8_E4M3 [512, 64], not F8_E4M3 [512, 128]"),
-    (torch.zeros(512, 128, dtype=torch.bfloat16), "is BF16 [512, 128], not F8_E4M3 [512, 128]"),
-])
+@pytest.mark.parametrize(
+    "replacement, told",
+    [
+        (
+            torch.zeros(512, 64, dtype=torch.float8_e4m3fn),
+            "is F8_E4M3 [512, 64], not F8_E4M3 [512, 128]",
+        ),
+        (torch.zeros(512, 128, dtype=torch.bfloat16), "is BF16 [512, 128], not F8_E4M3 [512, 128]"),
+    ],
+)
 def test_wrong_shape_or_dtype(copy, replacement, told):
-    edit(copy, "layers.1.attn.wkv.weight", lambda tensors: tensors.update({"layers.1.attn.wkv.weight": replacement}))
+    edit(
+        copy,
+        "layers.1.attn.wkv.weight",
+        lambda tensors: tensors.update({"layers.1.attn.wkv.weight": replacement}),
+    )
     assert f"1 wrong: layers.1.attn.wkv.weight {told};" in refusal(copy)
 
 
@@ -122,8 +138,19 @@ def test_file_holds_what_the_index_does_not_name(copy):
     assert "1 not in the index: norm.weight" in refusal(copy)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": null}',
-                                  '{"weight_map": ["a"]}', '{"weight_map": {"norm.weight": 3}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": {}}',
+        '{"weight_map": null}',
+        '{"weight_map": ["a"]}',
+        '{"weight_map": {"norm.weight": 3}}',
+    ],
+)
 def test_index_that_is_none(copy, text):
     (copy / INDEX).write_text(text)
     message = refusal(copy)
@@ -132,7 +159,9 @@ def test_index_that_is_none(copy, text):
 
 def test_tensor_in_two_files(copy):
     index = json.loads((copy / INDEX).read_text())
-    other = next(file for file in index["weight_map"].values() if file != index["weight_map"]["norm.weight"])
+    other = next(
+        file for file in index["weight_map"].values() if file != index["weight_map"]["norm.weight"]
+    )
     tensors = load_file(copy / other)
     save_file(tensors | {"norm.weight": torch.zeros(128, dtype=torch.bfloat16)}, copy / other)
     assert "norm.weight is in both" in refusal(copy)
@@ -157,10 +186,16 @@ def test_config_of_another_size(copy):
 
 
 def test_fp8_conversion_with_power_of_two_scales(copy):
-    """FP8 experts come with fp32 scales in Base releases and with ue8m0 ones in conversions; both are read."""
+    """FP8 experts come with fp32 scales in Base releases and with ue8m0 ones in conversions; both
+    are read."""
     from dsv4_plugin.checkpoint.tiny import tiny_config, write_tiny
 
-    write_tiny(copy, tiny_config(layers=1, hidden=128, intermediate=128, expert_dtype="fp8"), shard_bytes=10**9, force=True)
+    write_tiny(
+        copy,
+        tiny_config(layers=1, hidden=128, intermediate=128, expert_dtype="fp8"),
+        shard_bytes=10**9,
+        force=True,
+    )
     files = CheckpointFiles(copy)
     files.check(Geometry.from_dir(copy))
 

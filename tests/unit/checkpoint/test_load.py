@@ -1,4 +1,5 @@
-"""Released tensors into the parameters of the model: values, shares, order, and the account of what came."""
+"""Released tensors into the parameters of the model: values, shares, order, and the account of what
+came."""
 
 from __future__ import annotations
 
@@ -25,10 +26,16 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -
 def decoded(stored: dict[str, torch.Tensor], name: str) -> np.ndarray:
     """fp32 values of a released tensor, decoded here from the definition in docs/model.md §2."""
     tensor = stored[name]
-    scale = stored.get(name.removesuffix(".weight") + ".scale") if name.endswith(".weight") else None
+    scale = (
+        stored.get(name.removesuffix(".weight") + ".scale") if name.endswith(".weight") else None
+    )
     if scale is None:
         return tensor.double().numpy() if tensor.dtype == torch.int64 else tensor.float().numpy()
-    factor = scale.numpy() if scale.dtype == torch.float32 else np.exp2(scale.view(torch.uint8).numpy() - 127.0).astype(np.float32)
+    factor = (
+        scale.numpy()
+        if scale.dtype == torch.float32
+        else np.exp2(scale.view(torch.uint8).numpy() - 127.0).astype(np.float32)
+    )
     if tensor.dtype == torch.int8:
         codes = tensor.numpy().view(np.uint8)
         values = np.stack((E2M1[codes & 15], E2M1[codes >> 4]), -1).reshape(len(codes), -1)
@@ -38,12 +45,16 @@ def decoded(stored: dict[str, torch.Tensor], name: str) -> np.ndarray:
 
 
 def held(model: DeepseekV4) -> dict[str, torch.Tensor]:
-    """Parameters by released name; stacked experts under the names they would have on one process, from 0 on."""
+    """Parameters by released name; stacked experts under the names they would have on one process,
+    from 0 on."""
     found = {}
     for name, parameter in model.named_parameters():
         before, marker, after = name.partition(".ffn.experts.")
         if marker:
-            found |= {f"{before}.ffn.experts.{expert}.{after}": row for expert, row in enumerate(parameter)}
+            found |= {
+                f"{before}.ffn.experts.{expert}.{after}": row
+                for expert, row in enumerate(parameter)
+            }
         else:
             found[name] = parameter
     return found
@@ -70,7 +81,9 @@ def whole(golden_dir, golden_geometry):
 def test_every_parameter_has_its_released_value(whole, stored):
     assert whole.keys() == {name for name in stored if not name.endswith(".scale")}
     for name, parameter in whole.items():
-        assert np.array_equal(parameter.double().numpy(), decoded(stored, name).astype(np.float64)), name
+        assert np.array_equal(
+            parameter.double().numpy(), decoded(stored, name).astype(np.float64)
+        ), name
 
 
 def test_shards_load_like_one_file(tiny_dir):
@@ -78,19 +91,28 @@ def test_shards_load_like_one_file(tiny_dir):
     for file in tiny_dir.glob("*.safetensors"):
         stored |= load_file(file)
     for name, parameter in loaded(tiny_dir, Geometry.from_dir(tiny_dir)).items():
-        assert np.array_equal(parameter.double().numpy(), decoded(stored, name).astype(np.float64)), name
+        assert np.array_equal(
+            parameter.double().numpy(), decoded(stored, name).astype(np.float64)
+        ), name
 
 
 @pytest.mark.parametrize("convert", [False, True], ids=["fp32-scales", "ue8m0-scales"])
 def test_base_releases_load(convert):
-    geometry = Geometry.from_config(tiny_config(layers=3, hidden=128, intermediate=128, expert_dtype="fp8"))
+    geometry = Geometry.from_config(
+        tiny_config(layers=3, hidden=128, intermediate=128, expert_dtype="fp8")
+    )
     stored = dict(random_tensors(geometry, seed=3))
     if convert:
-        stored = {name: tensor.to(torch.float8_e8m0fnu) if name.endswith(".scale") else tensor for name, tensor in stored.items()}
+        stored = {
+            name: tensor.to(torch.float8_e8m0fnu) if name.endswith(".scale") else tensor
+            for name, tensor in stored.items()
+        }
     model = DeepseekV4(geometry, Precision.EXACT)
     fill(Loader(model, geometry, Parallel()), stored)
     for name, parameter in held(model).items():
-        assert np.array_equal(parameter.double().numpy(), decoded(stored, name).astype(np.float64)), name
+        assert np.array_equal(
+            parameter.double().numpy(), decoded(stored, name).astype(np.float64)
+        ), name
 
 
 def fill(loader: Loader, tensors: dict[str, torch.Tensor]) -> None:
@@ -99,9 +121,19 @@ def fill(loader: Loader, tensors: dict[str, torch.Tensor]) -> None:
     loader.finish()
 
 
-# How a rank's parameters put together again give the whole: the axis, or None for a copy on every rank.
-SPLIT = {"wq_b.weight": 0, "wo_a.weight": 0, "wo_b.weight": 1, "attn_sink": 0, "embed.weight": 0, "head.weight": 0,
-         "shared_experts.w1.weight": 0, "shared_experts.w3.weight": 0, "shared_experts.w2.weight": 1}
+# How a rank's parameters put together again give the whole: the axis, or None for a copy on every
+# rank.
+SPLIT = {
+    "wq_b.weight": 0,
+    "wo_a.weight": 0,
+    "wo_b.weight": 1,
+    "attn_sink": 0,
+    "embed.weight": 0,
+    "head.weight": 0,
+    "shared_experts.w1.weight": 0,
+    "shared_experts.w3.weight": 0,
+    "shared_experts.w2.weight": 1,
+}
 EXPERTS = {"w1.weight": 0, "w3.weight": 0, "w2.weight": 1}
 
 
@@ -117,8 +149,13 @@ def test_tensor_parallel_shares_make_the_whole(golden_dir, golden_geometry, whol
     ranks = []
     for rank in range(2):
         two = Group(rank, 2)
-        ranks.append(loaded(golden_dir, golden_geometry,
-                            parallel=Parallel(attention=two, expert_tensor=two, shared=two, vocab=two)))
+        ranks.append(
+            loaded(
+                golden_dir,
+                golden_geometry,
+                parallel=Parallel(attention=two, expert_tensor=two, shared=two, vocab=two),
+            )
+        )
     for name, parameter in whole.items():
         shares = [shares[name] for shares in ranks]
         axis = whole_axis(name)
@@ -129,7 +166,10 @@ def test_tensor_parallel_shares_make_the_whole(golden_dir, golden_geometry, whol
 
 
 def test_expert_parallel_shares_make_the_whole(golden_dir, golden_geometry, whole):
-    ranks = [loaded(golden_dir, golden_geometry, parallel=Parallel(expert=Group(rank, 4))) for rank in range(4)]
+    ranks = [
+        loaded(golden_dir, golden_geometry, parallel=Parallel(expert=Group(rank, 4)))
+        for rank in range(4)
+    ]
     for rank, parameters in enumerate(ranks):
         for name, parameter in parameters.items():
             before, marker, after = name.partition(".ffn.experts.")
@@ -144,7 +184,9 @@ def test_expert_parallel_shares_make_the_whole(golden_dir, golden_geometry, whol
 def test_parts_of_the_model(golden_dir, golden_geometry, whole, parts):
     parameters = loaded(golden_dir, golden_geometry, parts=parts)
     drafts = {name for name in whole if name.startswith("mtp.")}
-    assert parameters.keys() == (drafts | {"embed.weight", "head.weight"} if parts == "mtp" else whole.keys() - drafts)
+    assert parameters.keys() == (
+        drafts | {"embed.weight", "head.weight"} if parts == "mtp" else whole.keys() - drafts
+    )
     assert all(torch.equal(parameter, whole[name]) for name, parameter in parameters.items())
 
 
@@ -166,12 +208,18 @@ def test_unknown_name(loader):
         loader.put("model.layers.0.foo", torch.zeros(1))
 
 
-@pytest.mark.parametrize("tensor, told", [
-    (torch.zeros(128, dtype=torch.float32), r"F32 \[128\], not BF16 \[128\]"),
-    (torch.zeros(64, dtype=torch.bfloat16), r"BF16 \[64\], not BF16 \[128\]"),
-    (torch.zeros(1, dtype=torch.bfloat16), r"BF16 \[1\], not"),  # copy_ would spread a single value
-    (torch.zeros(128, dtype=torch.float16), "float16"),
-])
+@pytest.mark.parametrize(
+    "tensor, told",
+    [
+        (torch.zeros(128, dtype=torch.float32), r"F32 \[128\], not BF16 \[128\]"),
+        (torch.zeros(64, dtype=torch.bfloat16), r"BF16 \[64\], not BF16 \[128\]"),
+        (
+            torch.zeros(1, dtype=torch.bfloat16),
+            r"BF16 \[1\], not",
+        ),  # copy_ would spread a single value
+        (torch.zeros(128, dtype=torch.float16), "float16"),
+    ],
+)
 def test_wrong_tensor(loader, tensor, told):
     with pytest.raises(CheckpointError, match=f"norm.weight is .*{told}"):
         loader.put("norm.weight", tensor)
@@ -191,10 +239,14 @@ def test_what_never_came_is_named(stored, loader):
 
 
 def test_share_that_cuts_a_block():
-    # 4 groups of rank 128 over 4 processes fit; with rank 96 three blocks of 128 rows do not split in 4.
+    # 4 groups of rank 128 over 4 processes fit; with rank 96 three blocks of 128 rows do not split
+    # in 4.
     config = tiny_config(layers=1) | {"o_lora_rank": 96}
     geometry = Geometry.from_config(config)
-    with pytest.raises(ParallelError, match="parallel size 4 does not divide o_groups x o_lora_rank 384 in whole blocks of 128"):
+    with pytest.raises(
+        ParallelError,
+        match="parallel size 4 does not divide o_groups x o_lora_rank 384 in whole blocks of 128",
+    ):
         Loader(DeepseekV4(geometry, Precision.EXACT), geometry, Parallel(attention=Group(0, 4)))
 
 
@@ -237,9 +289,15 @@ def test_memory_stays_near_one_shard(tmp_path):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {file: file for file in files}}))
     growth = {}
     for mode in ("drop", "keep"):
-        output = subprocess.run([sys.executable, "-c", STREAMING, tmp_path, mode], capture_output=True, text=True, check=True)
+        output = subprocess.run(
+            [sys.executable, "-c", STREAMING, tmp_path, mode],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         growth[mode], total = map(int, output.stdout.split())
         assert total == 6 * shard // 1024
-    # KiB. Kept tensors hold all six shards, which shows that the measure sees them; dropped ones one, or two at a change.
+    # KiB. Kept tensors hold all six shards, which shows that the measure sees them; dropped ones
+    # one, or two at a change.
     assert growth["keep"] > 5.5 * shard // 1024
     assert growth["drop"] < 2.5 * shard // 1024

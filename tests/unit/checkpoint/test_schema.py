@@ -1,4 +1,5 @@
-"""The table of released names against figures published with the releases, and against a real file."""
+"""The table of released names against figures published with the releases, and against a real
+file."""
 
 from __future__ import annotations
 
@@ -11,14 +12,24 @@ from safetensors import safe_open
 from dsv4_plugin.checkpoint.schema import DTYPE_BYTES, expected_tensors
 from dsv4_plugin.config import Geometry
 
-# Tensors and `metadata.total_size` (bytes of tensor data, headers excluded) of the released indexes, by hidden size.
+# Tensors and `metadata.total_size` (bytes of tensor data, headers excluded) of the released
+# indexes, by hidden size.
 PUBLISHED = {7168: (145116, 864_704_792_696), 4096: (69187, 159_609_485_896)}
-PUBLISHED_FLASH_DTYPES = {"BF16": 433, "F32": 417, "F8_E4M3": 375, "F8_E8M0": 34167, "I64": 3, "I8": 33792}
+PUBLISHED_FLASH_DTYPES = {
+    "BF16": 433,
+    "F32": 417,
+    "F8_E4M3": 375,
+    "F8_E8M0": 34167,
+    "I64": 3,
+    "I8": 33792,
+}
 
 
 def test_totals_are_the_published_ones(released_config):
     tensors = expected_tensors(Geometry.from_config(released_config))
-    assert (len(tensors), sum(spec.nbytes for spec in tensors.values())) == PUBLISHED[released_config["hidden_size"]]
+    assert (len(tensors), sum(spec.nbytes for spec in tensors.values())) == PUBLISHED[
+        released_config["hidden_size"]
+    ]
 
 
 def test_dtypes_are_the_published_ones(released_config):
@@ -30,8 +41,13 @@ def test_dtypes_are_the_published_ones(released_config):
 
 def test_a_real_file_holds_exactly_the_table(golden_dir, golden_geometry):
     with safe_open(golden_dir / "model.safetensors", framework="np") as file:
-        held = {name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape())) for name in file.keys()}
-    assert {name: (spec.dtype, spec.shape) for name, spec in expected_tensors(golden_geometry).items()} == held
+        held = {
+            name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape()))
+            for name in file.keys()
+        }
+    assert {
+        name: (spec.dtype, spec.shape) for name, spec in expected_tensors(golden_geometry).items()
+    } == held
 
 
 def test_base_releases(golden_geometry):
@@ -53,22 +69,47 @@ def test_parts_follow_the_layer(golden_geometry):
         assert (prefix + "ffn.gate.tid2eid" in names) == (layer < 3)
         assert (prefix + "ffn.gate.bias" in names) == (layer >= 3)
     assert {"mtp.0.e_proj.weight", "mtp.0.hc_head_fn", "mtp.0.ffn.gate.bias"} <= names
-    assert not any(name.startswith("mtp.") for name in expected_tensors(
-        replace(golden_geometry, num_nextn_predict_layers=0, compress_ratios=golden_geometry.compress_ratios[:5])))
+    assert not any(
+        name.startswith("mtp.")
+        for name in expected_tensors(
+            replace(
+                golden_geometry,
+                num_nextn_predict_layers=0,
+                compress_ratios=golden_geometry.compress_ratios[:5],
+            )
+        )
+    )
 
 
-@pytest.mark.parametrize("name, group, axis", [
-    ("embed.weight", "vocab", 0), ("layers.0.attn.wq_b.weight", "attention", 0), ("layers.0.attn.wq_b.scale", "attention", 0),
-    ("layers.0.attn.wo_a.weight", "attention", 0), ("layers.0.attn.wo_b.scale", "attention", 1),
-    ("layers.0.attn.attn_sink", "attention", 0), ("layers.0.ffn.experts.3.w1.weight", "expert_tensor", 0),
-    ("layers.0.ffn.experts.3.w2.scale", "expert_tensor", 1), ("layers.0.ffn.shared_experts.w3.weight", "shared", 0),
-])
+@pytest.mark.parametrize(
+    "name, group, axis",
+    [
+        ("embed.weight", "vocab", 0),
+        ("layers.0.attn.wq_b.weight", "attention", 0),
+        ("layers.0.attn.wq_b.scale", "attention", 0),
+        ("layers.0.attn.wo_a.weight", "attention", 0),
+        ("layers.0.attn.wo_b.scale", "attention", 1),
+        ("layers.0.attn.attn_sink", "attention", 0),
+        ("layers.0.ffn.experts.3.w1.weight", "expert_tensor", 0),
+        ("layers.0.ffn.experts.3.w2.scale", "expert_tensor", 1),
+        ("layers.0.ffn.shared_experts.w3.weight", "shared", 0),
+    ],
+)
 def test_how_tensors_are_split(golden_geometry, name, group, axis):
     shard = expected_tensors(golden_geometry)[name].shard
     assert (shard.group, shard.axis) == (group, axis)
 
 
-@pytest.mark.parametrize("name", ["layers.0.attn.wq_a.weight", "layers.0.attn.wkv.weight", "layers.2.attn.indexer.wq_b.weight",
-                                  "layers.3.attn.compressor.wkv.weight", "layers.0.ffn.gate.weight", "layers.0.hc_attn_fn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.0.attn.wq_a.weight",
+        "layers.0.attn.wkv.weight",
+        "layers.2.attn.indexer.wq_b.weight",
+        "layers.3.attn.compressor.wkv.weight",
+        "layers.0.ffn.gate.weight",
+        "layers.0.hc_attn_fn",
+    ],
+)
 def test_what_every_process_holds_whole(golden_geometry, name):
     assert expected_tensors(golden_geometry)[name].shard is None
