@@ -115,7 +115,7 @@ class Timer:
         source = torch.empty(bytes_ // 2, dtype=torch.uint8, device=self.device).fill_(1)
         target = torch.empty_like(source)
         copy = bytes_ / self._best(lambda: target.copy_(source))
-        del source, target
+        source = target = None
         a, b = (torch.randn(side, side, device=self.device).to(torch.bfloat16) for _ in range(2))
         bf16 = 2 * side**3 / self._best(lambda: a @ b)
         return Peaks(copy, bf16, self._fp8(a, b))

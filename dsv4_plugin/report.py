@@ -7,9 +7,13 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+
+ANY = "any"
+"""In place of rows and tensor: of many calls whose shapes are no longer told apart."""
 
 
 class ReportError(ValueError):
@@ -61,8 +65,10 @@ class Report:
         """Writes JSON; a reader sees the old file or the new one, never a part."""
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, fresh = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        # One row a line, each by json's C encoder: the thread that serves waits for no more.
+        rows = ",\n".join(json.dumps(vars(row)) for row in self.rows)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1)
+            file.write(f'{{"facts": {json.dumps(self.facts)},\n"rows": [\n{rows}\n]}}\n')
         os.chmod(fresh, 0o644)
         os.replace(fresh, path)
 
@@ -132,4 +138,4 @@ def text(report: Report) -> str:
 
 
 def _first(rows: str) -> int:
-    return int(rows.partition("-")[0])
+    return -1 if rows == ANY else int(rows.partition("-")[0])

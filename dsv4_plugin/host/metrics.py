@@ -162,23 +162,30 @@ class Series:
             ("operator", "reason"),
         )
         self._compiles = Counter("dsv4_compile_after_ready", "Kernels compiled while serving")
+        self._paths: set[tuple] = set()
         self._last: dict[tuple, int] = {}
 
     def set(self, rows: list[report.Row], compiles: int) -> None:
-        """Brings the series up to `rows` and the number of kernels compiled."""
-        self._compiles.inc(self._grown(("compiles",), compiles))
+        """Brings the series up to `rows` and the number of kernels compiled; only what changed is
+        touched."""
+        totals: dict[tuple, int] = {(self._compiles,): compiles}
         for row in rows:
             place = row.operator, row.phase, row.layer_kind
-            self._path.labels(*place, row.rows, row.implementation).set(1)
-            key = (*row.place, row.implementation, *row.rejected.items())
-            grown = self._grown(key, row.calls)
-            self._calls.labels(*place, row.implementation).inc(grown)
+            path = *place, row.rows, row.implementation
+            if path not in self._paths:
+                self._paths.add(path)
+                self._path.labels(*path).set(1)
+            _count(totals, row.calls, self._calls, *place, row.implementation)
             if row.fallback:
-                self._fallback.labels(
-                    row.operator, "; ".join(f"{n}: {why}" for n, why in row.rejected.items())
-                ).inc(grown)
+                reason = "; ".join(f"{name}: {why}" for name, why in row.rejected.items())
+                _count(totals, row.calls, self._fallback, row.operator, reason)
+        for key, total in totals.items():
+            grown = total - self._last.get(key, 0)
+            if grown > 0:
+                counter, *labels = key
+                (counter.labels(*labels) if labels else counter).inc(grown)
+            self._last[key] = total
 
-    def _grown(self, key: tuple, total: int) -> int:
-        before = self._last.get(key, 0)
-        self._last[key] = total
-        return max(total - before, 0)
+
+def _count(totals: dict[tuple, int], calls: int, *key: Any) -> None:
+    totals[key] = totals.get(key, 0) + calls

@@ -4,18 +4,22 @@ same signature.
 Which implementation runs is decided once per static key (phase, layer kind, shape class) and then
 looked up; every choice remembers why the others were not taken and how often it ran. A second
 dictionary finds the choice by what a call shows at no cost, exact shapes included, so that an eager
-call pays well under a microsecond.
+call pays well under a microsecond. Both are bounded: a server lives for months and meets every
+shape.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import importlib
 import inspect
 import logging
+import types
+import typing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +27,7 @@ import torch
 from .. import device, flags, report
 from ..cache.step_plan import phase
 from ..flags import AUTO, REFERENCE
+from ..report import ANY
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +35,16 @@ Requirement = Callable[..., "str | None"]
 """Takes the operator's arguments, returns why an implementation cannot run them, or None.
 
 It may look at what a static key holds, and at nothing else: the first tensor's dtype, device and
-shape (its rows only to the power of two), the types of the other arguments (None or not, dense or
-packed cache), and the values of those that are declared as str, bool or torch.dtype.
+shape (its rows, and what the operator declares as `varying`, only to the power of two), the types
+of the other arguments (None or not, dense or packed cache), and the values of those that are
+declared as str, bool, torch.dtype or an Enum.
 """
-_BY_VALUE = ("str", "bool", "torch.dtype")
+_WORDS = (str, bool, torch.dtype, enum.Enum)
+"""Types of arguments that are told apart by their value."""
 _REMEMBERED = 4096
 """Calls of different shapes whose choice an operator finds at once; past that it starts over."""
+_MOST_CHOICES = 512
+"""Choices an operator keeps; past that their counts are added up without their shapes."""
 
 
 class SelectionError(ValueError):
@@ -74,14 +83,24 @@ class Key(NamedTuple):
     rows: str
     """Rows of the first tensor, as the range of its power of two."""
     tensor: str
-    """Dtype, device and trailing shape of the first tensor."""
+    """Dtype, device and trailing shape of the first tensor, what varies as a range."""
     others: tuple
     """Types of the other arguments, values of strings, booleans and dtypes."""
 
 
-def _rows(count: int) -> str:
+def _range(count: int) -> str:
+    """The range of numbers with the highest bit of `count`."""
     low = 1 << count.bit_length() >> 1
     return str(low) if low < 2 else f"{low}-{2 * low - 1}"
+
+
+def _is_word(declared: Any) -> bool:
+    """Whether an argument declared so may be one of _WORDS."""
+    if typing.get_origin(declared) in (typing.Union, types.UnionType):
+        return any(map(_is_word, typing.get_args(declared)))
+    if typing.get_origin(declared) is typing.Literal:
+        return True
+    return isinstance(declared, type) and issubclass(declared, _WORDS)
 
 
 @dataclass(frozen=True)
@@ -130,19 +149,28 @@ class Choice:
 
 class Operator:
     """A callable operator. Calling it runs the implementation in use; `reference` is its
-    definition."""
+    definition.
 
-    def __init__(self, reference: Callable[..., Any]):
+    `varying` are the dimensions of the first tensor, beside its rows, that change from step to
+    step, such as the length of a context: a choice holds for a range of them.
+    """
+
+    def __init__(self, reference: Callable[..., Any], varying: tuple[int, ...] = ()):
         self.name = reference.__name__
         self.reference = reference
+        self.varying = varying
         self.implementations: dict[str, Implementation] = {}
         self.choices: dict[Key, Choice] = {}
+        self._past: dict[tuple, report.Row] = {}
+        self._said: set[tuple] = set()
         self._found: dict[tuple, Choice] = {}
         self._layers: frozenset[int] | None = None
         self._forced = flags.Setting(AUTO)
-        parameters = inspect.signature(reference).parameters.values()
+        declared = typing.get_type_hints(reference)
         self._by_value = tuple(
-            at for at, parameter in enumerate(parameters) if parameter.annotation in _BY_VALUE
+            at
+            for at, name in enumerate(inspect.signature(reference).parameters)
+            if _is_word(declared.get(name))
         )
         functools.update_wrapper(self, reference)
         OPERATORS[self.name] = self
@@ -195,8 +223,8 @@ class Operator:
 
     def forget(self) -> None:
         """Drops all choices and what was counted."""
-        self.choices.clear()
-        self._found.clear()
+        for each in (self.choices, self._found, self._past, self._said):
+            each.clear()
 
     def _asked(self) -> str:
         """The flag that chose the implementation, with what set it where that is another
@@ -210,17 +238,23 @@ class Operator:
             *map(_kind, args[1:] if args else ()),
             *((name, _kind(value)) for name, value in kwargs.items()),
         )
-        tensor = " x".join((str(x.dtype).removeprefix("torch."), *map(str, x.shape[1:])))
+        sizes = (
+            _range(size) if at in self.varying else str(size)
+            for at, size in enumerate(x.shape[1:], 1)
+        )
+        tensor = " x".join((str(x.dtype).removeprefix("torch."), *sizes))
         key = Key(
             HERE.phase,
             _LAYER_KINDS.get(HERE.ratio, str(HERE.ratio)),
             inside,
-            _rows(x.shape[0]),
+            _range(x.shape[0]),
             f"{tensor} on {'gpu' if x.is_cuda else x.device.type}",
             others,
         )
         choice = self.choices.get(key)
         if choice is None:
+            if len(self.choices) >= _MOST_CHOICES:
+                self._start_over()
             choice = self.choices[key] = self._choose(inside, x, args, kwargs)
         if _OBSERVERS:
             return Choice(choice.implementation, functools.partial(_OBSERVERS[-1], self, choice))
@@ -228,6 +262,49 @@ class Operator:
             self._found.clear()
         self._found[found] = choice
         return choice
+
+    def _start_over(self) -> None:
+        """Drops all choices; what they served stays counted, without its shapes."""
+        self._say(
+            (),
+            f"{self.name} met {_MOST_CHOICES} kinds of calls and starts choosing anew; the report"
+            " counts the earlier ones without their shapes",
+        )
+        for row in self._counted():
+            row.rows = row.tensor = ANY
+            if len(self._past) >= _MOST_CHOICES:
+                row.rejected = dict.fromkeys(row.rejected, "one of many reasons")
+            _add(row, self._past)
+        self.choices.clear()
+        self._found.clear()
+
+    def _counted(self) -> Iterator[report.Row]:
+        for key, choice in list(self.choices.items()):
+            if choice.calls:
+                yield report.Row(
+                    self.name,
+                    key.phase,
+                    key.layer_kind,
+                    key.rows,
+                    key.tensor,
+                    choice.implementation,
+                    choice.calls,
+                    choice.rejected,
+                    choice.fallback,
+                )
+
+    def _say(self, what: tuple, message: str) -> None:
+        """Logs a message that is new to this operator."""
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning("dsv4_plugin: %s", message)
+
+    def rows(self) -> list[report.Row]:
+        """What was chosen and ran; keys that differ in nothing a reader sees are one row."""
+        shown: dict[tuple, report.Row] = {}
+        for row in self._counted():
+            _add(row, shown)
+        return [*map(replace, list(self._past.values())), *shown.values()]
 
     def _choose(self, inside: bool, x: Any, args: tuple, kwargs: dict) -> Choice:
         wanted = self._forced.value if inside else REFERENCE
@@ -260,8 +337,9 @@ class Operator:
                 )
             rejected[name] = reason
         if fallback:
-            logger.warning(
-                "dsv4_plugin: %s runs its reference in %s: %s", self.name, HERE.phase, rejected
+            self._say(
+                (HERE.phase, *rejected.items()),
+                f"{self.name} runs its reference in {HERE.phase}: {rejected}",
             )
         return Choice(REFERENCE, self.reference, rejected, fallback)
 
@@ -270,15 +348,18 @@ class Operator:
 
 
 def _kind(value: Any) -> Any:
-    return value if isinstance(value, (str, bool, torch.dtype)) else type(value).__name__
+    return value if isinstance(value, _WORDS) else type(value).__name__
 
 
 OPERATORS: dict[str, Operator] = {}
 
 
-def operator(reference: Callable[..., Any]) -> Operator:
-    """Makes an Operator of its torch reference."""
-    return Operator(reference)
+def operator(reference: Callable[..., Any] | None = None, *, varying: tuple[int, ...] = ()) -> Any:
+    """Makes an Operator of its torch reference; as `@operator(varying=(1,))` with dimensions that
+    vary."""
+    if reference is None:
+        return functools.partial(Operator, varying=varying)
+    return Operator(reference, varying)
 
 
 def configure() -> None:
@@ -314,23 +395,12 @@ def observed(observer: Observer) -> Iterator[None]:
 
 
 def report_rows() -> list[report.Row]:
-    """What was chosen and ran so far; keys that differ in nothing a reader sees are one row."""
-    rows: dict[tuple, report.Row] = {}
-    for each in OPERATORS.values():
-        for key, choice in list(each.choices.items()):
-            if not choice.calls:
-                continue
-            row = report.Row(
-                each.name,
-                key.phase,
-                key.layer_kind,
-                key.rows,
-                key.tensor,
-                choice.implementation,
-                0,
-                choice.rejected,
-                choice.fallback,
-            )
-            shown = (*row.place, row.implementation, tuple(row.rejected.items()))
-            rows.setdefault(shown, row).calls += choice.calls
-    return list(rows.values())
+    """What was chosen and ran so far."""
+    return [row for each in OPERATORS.values() for row in each.rows()]
+
+
+def _add(row: report.Row, rows: dict[tuple, report.Row]) -> None:
+    """Puts `row` among `rows`, or its calls on the one that looks the same."""
+    same = rows.setdefault((*row.place, row.implementation, *row.rejected.items()), row)
+    if same is not row:
+        same.calls += row.calls

@@ -8,7 +8,7 @@ from torch import Tensor
 from .operator import Implementation, operator
 
 
-@operator
+@operator(varying=(1,))
 def topk_select(logits: Tensor, visible: Tensor, topk: int) -> Tensor:
     """Entry numbers int64 [T, min(topk, E)] of the largest `logits` fp32 [T, E], ascending, -1 past
     the last.

@@ -3,15 +3,19 @@ costs."""
 
 from __future__ import annotations
 
+import enum
 import sys
 import time
 import timeit
 import types
+import typing
+from typing import Literal, Optional, TypeAlias
 
 import pytest
 import torch
 
-from dsv4_plugin import device
+import dsv4_plugin.ops  # noqa: F401  registers the operators
+from dsv4_plugin import device, flags
 from dsv4_plugin.ops import operator as selection
 from dsv4_plugin.ops.operator import HERE, Implementation, SelectionError
 
@@ -218,6 +222,95 @@ def test_a_stream_of_shapes_keeps_memory_bounded_and_choices_right(moe, on_gpu, 
         assert moe(rows(count), w).sum() == 2 * count * (2 if count < 4 else 1)
     assert len(moe._found) <= 8 and len(moe.choices) == 7
     assert sum(row.calls for row in selection.report_rows()) == 80
+
+
+def test_growing_contexts_share_the_choices_of_their_ranges(place):
+    """Thousands of row lengths of `topk_select`, as a server meets them one after another."""
+    topk_select = selection.OPERATORS["topk_select"]
+    topk_select.configure()
+    place.phase, place.layer, place.ratio = "decode", 2, 4
+    for entries in range(4000):
+        topk_select(torch.zeros(1, entries), torch.tensor([entries]), 2)
+    assert len(topk_select.choices) == 13, "0, 1, 2-3, … 2048-4095"
+    rows = topk_select.rows()
+    assert len(rows) == 13 and sum(row.calls for row in rows) == 4000
+    assert rows[-1].tensor == "float32 x2048-4095 on cpu" and rows[-1].calls == 4000 - 2048
+    topk_select.forget()
+
+
+def test_shapes_without_end_keep_the_choices_bounded_and_every_call_counted(
+    moe, on_gpu, monkeypatch, caplog
+):
+    """An operator whose other dimensions vary although it does not say so."""
+    monkeypatch.setattr(selection, "_MOST_CHOICES", 8)
+    moe.configure()
+    w = torch.ones(1)
+    for width in range(100):
+        for count in (1, 4):
+            moe(torch.ones(count, width).as_subclass(Resident), w)
+        assert len(moe.choices) <= 8 and len(moe.rows()) <= 10
+    counted = {}
+    for row in moe.rows():
+        key = row.implementation, tuple(row.rejected.items()), row.fallback
+        counted[key] = counted.get(key, 0) + row.calls
+    assert counted == {
+        ("triton", (), False): 100,
+        ("reference", (("triton", "too many rows"),), True): 100,
+    }
+    assert {row.rows for row in moe.rows()} == {"any", "1", "4-7"}
+    assert sum("starts choosing anew" in message for message in caplog.messages) == 1
+    assert sum("runs its reference" in message for message in caplog.messages) == 1
+
+
+def test_reasons_without_end_are_bounded_too(moe, on_gpu, monkeypatch):
+    monkeypatch.setattr(selection, "_MOST_CHOICES", 8)
+    moe.add(Implementation("triton", "doubling:doubled", requires=lambda x, w: f"{x.shape[1]}"))
+    moe.configure()
+    for width in range(100):
+        moe(torch.ones(1, width).as_subclass(Resident), None)
+    assert len(moe.rows()) <= 17 and sum(row.calls for row in moe.rows()) == 100
+
+
+class Rounding(enum.Enum):
+    FP8 = 8
+    FP4 = 4
+
+
+Word: TypeAlias = Literal["even", "zero"]
+
+
+def declared(
+    x,
+    a: str,
+    b: str | None,
+    c: Optional[torch.dtype],  # noqa: UP045  an older spelling of the same
+    d: Rounding,
+    e: Word,
+    f: bool,
+    g: int,
+    h: torch.Tensor | None,
+):
+    return x
+
+
+@pytest.mark.parametrize("strings", [True, False])
+def test_arguments_are_told_apart_by_value_however_they_are_declared(moe, strings):
+    reference = types.FunctionType(declared.__code__, declared.__globals__, "declared")
+    reference.__annotations__ = (
+        dict(declared.__annotations__) if strings else typing.get_type_hints(declared)
+    )
+    operator = selection.Operator(reference)
+    assert operator._by_value == (1, 2, 3, 4, 5, 6)
+    x = torch.ones(1)
+    words = ("s", None, torch.float32, Rounding.FP8, "even", True)
+    others = ("t", "u", torch.float16, Rounding.FP4, "zero", False)
+    operator._forced = flags.Setting("reference")
+    operator(x, *words, 3, None)
+    operator(x, *words, 4, None)
+    assert len(operator.choices) == 1
+    for at in range(6):
+        operator(x, *words[:at], others[at], *words[at + 1 :], 3, None)
+    assert len(operator.choices) == 7 and len(operator._found) == 7
 
 
 def test_choosing_costs_no_more_than_a_few_small_torch_calls():
