@@ -8,10 +8,8 @@ prefill is one request from its first token on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import floors
@@ -28,13 +26,12 @@ from dsv4_plugin.cache import (
 )
 from dsv4_plugin.cache.layout import INDEX_DIM, LATENT_DIM, entry_slots
 from dsv4_plugin.cache.step_plan import RING_ROWS, WINDOW, StepPlan, static_windows
-from dsv4_plugin.config import Geometry
+from dsv4_plugin.checkpoint.released import load_geometry
 from dsv4_plugin.ops import build_step_plan
 from dsv4_plugin.ops.operator import OPERATORS, Operator
 from dsv4_plugin.ops.rope import rotation
 
 EPS = 1e-6
-_CONFIGS = Path(__file__).parents[1] / "dsv4_plugin" / "bench" / "models"
 SAMPLE = 16
 """Rows of a call that the reference is asked for."""
 # random pages that a larger cache repeats at other addresses, which is all that caches look at
@@ -52,7 +49,7 @@ class Model:
 
 
 def _model(config: str, name: str, shares: int) -> Model:
-    geometry = Geometry.from_config(json.loads((_CONFIGS / f"{config}.json").read_text()))
+    geometry = load_geometry(config)
     return Model(
         name, geometry.num_attention_heads // shares, geometry.index_n_heads, geometry.index_topk
     )

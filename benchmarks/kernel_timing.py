@@ -112,13 +112,15 @@ class Timer:
         """Copy bandwidth and product rates of this device: the best of some repeats, which is what
         a bound must be."""
         bytes_, side = (4 << 30, 8192) if self.device.type == "cuda" else (1 << 26, 256)
-        source = torch.empty(bytes_ // 2, dtype=torch.uint8, device=self.device).fill_(1)
-        target = torch.empty_like(source)
-        copy = bytes_ / self._best(lambda: target.copy_(source))
-        source = target = None
+        copy = bytes_ / self._copy_seconds(bytes_ // 2)
         a, b = (torch.randn(side, side, device=self.device).to(torch.bfloat16) for _ in range(2))
         bf16 = 2 * side**3 / self._best(lambda: a @ b)
         return Peaks(copy, bf16, self._fp8(a, b))
+
+    def _copy_seconds(self, bytes_: int) -> float:
+        source = torch.empty(bytes_, dtype=torch.uint8, device=self.device).fill_(1)
+        target = torch.empty_like(source)
+        return self._best(lambda: target.copy_(source))
 
     def _fp8(self, a: torch.Tensor, b: torch.Tensor) -> float | None:
         if self.device.type != "cuda":

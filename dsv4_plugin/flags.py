@@ -91,7 +91,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Wish:
+class ForeignChoice:
     """What a foreign variable asks of one operator; a weak one holds only while nothing else is
     asked of it."""
 
@@ -301,12 +301,12 @@ def layers(operator: str, environ: Mapping[str, str] = os.environ) -> frozenset[
 
 def _operator_setting(operator: str, own: str | None, environ: Mapping[str, str]) -> Setting:
     flag = operator_flag(operator)
-    wishes = [wish for wish in foreign_wishes(environ) if wish.operator == operator]
-    firm = [wish for wish in wishes if not wish.weak]
+    choices = [choice for choice in foreign_choices(environ) if choice.operator == operator]
+    firm = [choice for choice in choices if not choice.weak]
     asked = [Setting(own, f"{flag}={own}")] if own is not None else []
     asked += [
-        Setting(wish.implementation, wish.source)
-        for wish in firm or (wishes if own is None else [])
+        Setting(choice.implementation, choice.source)
+        for choice in firm or (choices if own is None else [])
     ]
     for other in asked[1:]:
         if other.value != asked[0].value:
@@ -344,7 +344,7 @@ _SWITCH = {
 }
 
 
-def foreign_wishes(environ: Mapping[str, str] = os.environ) -> Iterator[Wish]:
+def foreign_choices(environ: Mapping[str, str] = os.environ) -> Iterator[ForeignChoice]:
     """What the foreign variables ask for. Raises FlagError for a value that cannot be understood or
     served."""
     for name, value in foreign(environ).items():
@@ -364,7 +364,7 @@ def foreign_wishes(environ: Mapping[str, str] = os.environ) -> Iterator[Wish]:
             raise FlagError(f"{name}={value!r} is not understood; it takes {known}")
         if isinstance(meanings[side], dict):
             for operator, wanted in meanings[side].items():
-                yield Wish(f"{name}={value}", operator, wanted, weak=side == "disabled")
+                yield ForeignChoice(f"{name}={value}", operator, wanted, weak=side == "disabled")
 
 
 def mirrors(name: str) -> list[str]:
@@ -408,17 +408,17 @@ def check(environ: Mapping[str, str] = os.environ) -> None:
 def notes(environ: Mapping[str, str] = os.environ) -> list[str]:
     """One line for each foreign variable that is set: what it was taken for, or why it has no
     effect."""
-    wishes = list(foreign_wishes(environ))
+    choices = list(foreign_choices(environ))
     lines = []
     for name, value in foreign(environ).items():
         row = foreign_flags()[name]
         meanings = row.get("values", {})
         text = meanings.get(value.lower(), meanings.get("other"))
         taken = [
-            f"{operator_flag(wish.operator)}={setting(operator_flag(wish.operator), environ).value}"
-            for wish in wishes
-            if wish.source == f"{name}={value}"
-            and setting(operator_flag(wish.operator), environ).source == wish.source
+            f"{operator_flag(choice.operator)}={setting(operator_flag(choice.operator), environ).value}"
+            for choice in choices
+            if choice.source == f"{name}={value}"
+            and setting(operator_flag(choice.operator), environ).source == choice.source
         ]
         why = row.get("note") or (
             text if isinstance(text, str) else "it asks for nothing that is not decided already"

@@ -26,8 +26,8 @@ from pathlib import Path
 import psutil
 from openai import OpenAI
 
-from dsv4_plugin.bench.gate import checkpoint_directory
-from dsv4_plugin.bench.recall import fact, held_out, question
+from dsv4_plugin.accuracy.gate import checkpoint_directory
+from dsv4_plugin.accuracy.recall import fact, held_out, question
 
 FACTS = (("Alma", "chess"), ("Gwen", "comets"), ("Otto", "robots"), ("Tess", "tango"))
 

@@ -48,13 +48,9 @@ def golden_geometry(golden_dir):
 @pytest.fixture(scope="session", params=["pro", "flash"])
 def released_config(request) -> dict:
     """config.json of a released model."""
-    import dsv4_plugin
+    from dsv4_plugin.checkpoint.released import MODELS
 
-    return json.loads(
-        (
-            Path(dsv4_plugin.__file__).parent / "bench" / "models" / f"{request.param}.json"
-        ).read_text()
-    )
+    return json.loads((MODELS / f"{request.param}.json").read_text())
 
 
 @pytest.fixture(scope="session")

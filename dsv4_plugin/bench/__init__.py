@@ -1,2 +1,1 @@
-"""Serving measurements and what is drawn from them: curves, costs, the hardware's limit,
-recipes."""
+"""Load measurement of a running server."""

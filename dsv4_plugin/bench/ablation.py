@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import flags
-from ..report import Row
+from ..active import Row
 from .client import BenchError
 
 

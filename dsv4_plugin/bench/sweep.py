@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..report import Report
+from ..active import ActiveReport
 from . import client, environment
 from .client import Load, Workload
 from .result import STABLE, inferencex, middle, spread
 from .server import Server
 from .store import Store
-from .watch import Watch, compiled, warnings
+from .validity import ActiveReportReader, compiled, warnings
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Bench:
 
     server: Server
     workload: Workload
-    watch: Watch
+    active_report: ActiveReportReader
     labels: Mapping[str, Any]
     started_with: str = ""
     """The command that started the server, where this program did."""
@@ -57,7 +57,7 @@ class Bench:
         return run
 
     def _run(self, load: Load) -> dict[str, Any]:
-        before, begun = self.watch.read(), time.time()
+        before, begun = self.active_report.read(), time.time()
         run = client.measure(
             self.server.url,
             self.server.model,
@@ -66,7 +66,7 @@ class Bench:
             self.workload,
             self.progress.requests,
         )
-        after = self.watch.settled(time.time())
+        after = self.active_report.settled(time.time())
         return {
             **run.document(),
             "begun": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun)),
@@ -81,7 +81,7 @@ class Bench:
         chosen = runs[middle(figures)]
         apart = spread(figures)
         concurrency = load.concurrency or max(1, round(chosen["figures"]["concurrency"]))
-        report = self.watch.read()
+        report = self.active_report.read()
         return {
             **self.labels,
             "model": self.server.model,
@@ -112,7 +112,7 @@ class Bench:
             "runs": list(runs),
         }
 
-    def _environment(self, report: Report | None) -> dict[str, str] | None:
+    def _environment(self, report: ActiveReport | None) -> dict[str, str] | None:
         """The variables that the server was started with; None when they cannot be read."""
         if self.environment is not None:
             return environment.steering(self.environment)

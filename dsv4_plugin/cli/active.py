@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..report import text
+    from ..active import text
 
     report = from_url(arguments.url) if arguments.url else _from_file(arguments)
     print(json.dumps(asdict(report), indent=1) if arguments.json else text(report))
@@ -31,45 +31,47 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _from_file(arguments: argparse.Namespace):
-    from ..report import Report, ReportError, default_path, reports_directory
+    from ..active import ActiveReport, ActiveReportError, default_path, reports_directory
 
     if arguments.file:
-        return Report.read(arguments.file)
+        return ActiveReport.read(arguments.file)
     if arguments.port:
         path = default_path(arguments.port)
         if not path.exists():
-            raise ReportError(
+            raise ActiveReportError(
                 f"there is no {path}; no server of this user on port {arguments.port} has run a"
                 " prefill and a decode yet, or DSV4_REPORT names another file: give it with --file"
             )
-        return Report.read(path)
+        return ActiveReport.read(path)
     written = sorted(
         reports_directory().glob("active-*.json"), key=lambda path: path.stat().st_mtime
     )
     if not written:
-        raise ReportError(
+        raise ActiveReportError(
             f"there is no report in {reports_directory()}; a server writes it after its first"
             " request. Give --file when DSV4_REPORT was set, or --url"
         )
-    return Report.read(written[-1])
+    return ActiveReport.read(written[-1])
 
 
 def from_url(url: str):
     import urllib.error
     import urllib.request
 
-    from ..report import ReportError
+    from ..active import ActiveReportError
 
     address = url.rstrip("/") + "/metrics/"
     try:
         with urllib.request.urlopen(address, timeout=10) as answer:
             body = answer.read().decode("utf-8")
     except urllib.error.HTTPError as error:
-        raise ReportError(
+        raise ActiveReportError(
             f"{address} answers {error.code}; start the server with --enable-metrics"
         ) from None
     except (urllib.error.URLError, ValueError) as error:
-        raise ReportError(f"{address} cannot be read: {getattr(error, 'reason', error)}") from None
+        raise ActiveReportError(
+            f"{address} cannot be read: {getattr(error, 'reason', error)}"
+        ) from None
     return _parse(body, address)
 
 
@@ -77,7 +79,7 @@ def _parse(body: str, address: str):
     """The report that a server's series hold."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    from ..report import Report, ReportError, Row
+    from ..active import ActiveReport, ActiveReportError, Row
 
     rows, calls, fallbacks, compiles = [], {}, {}, 0
     for family in text_string_to_metric_families(body):
@@ -108,7 +110,7 @@ def _parse(body: str, address: str):
             elif sample.name == "dsv4_compile_after_ready_total":
                 compiles = int(sample.value)
     if not rows:
-        raise ReportError(
+        raise ActiveReportError(
             f"{address} has no series of dsv4_plugin; it is a server without the plugin, or it has"
             " not run a prefill and a decode yet"
         )
@@ -119,4 +121,4 @@ def _parse(body: str, address: str):
     }
     for row in rows:  # the calls are counted over all shapes: they go to the first
         row.calls = calls.pop((row.operator, row.phase, row.layer_kind, row.implementation), 0)
-    return Report(facts, rows)
+    return ActiveReport(facts, rows)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..bench.recipe import Arm, Recipe
-    from ..bench.target import Launch, Running, Setup
+    from ..bench.deployment import Launch, Running, Setup
+    from ..recipe.recipe import Arm, Recipe
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -150,8 +150,8 @@ def _counts(text: str) -> list[int]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..bench import screen
     from ..bench.client import BenchError
+    from ..bench.progress import shown
 
     recipe, arms = _recipe(arguments)
     _check(arguments, recipe)
@@ -164,17 +164,17 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.ablate is not None or arguments.ttft_ms
         else sum(len(_loads(arguments, arm, workload)) for arm in arms)
     )
-    with screen.shown(points) as progress:
+    with shown(points) as progress:
         setup = _setup(arguments, recipe, workload, out, progress)
         for arm in arms:
             place = out / arm.name if arm and recipe and len(recipe.arms) > 1 else out
-            target = _target(arguments, setup, recipe, arm, place)
+            deployment = _deployment(arguments, setup, recipe, arm, place)
             if arguments.ablate is not None:
-                _ablate(arguments, target, arm, workload, place)
+                _ablate(arguments, deployment, arm, workload, place)
             elif arguments.ttft_ms:
-                _search(arguments, target, place)
+                _search(arguments, deployment, place)
             else:
-                _sweep(arguments, target, _loads(arguments, arm, workload), place)
+                _sweep(arguments, deployment, _loads(arguments, arm, workload), place)
     if not any(out.rglob("*.json")):
         raise BenchError(f"nothing was measured into {out}")
     print(f"dsv4 bench: results in {out}; draw them with: dsv4 report {out} --out {out}/report")
@@ -184,7 +184,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _recipe(arguments: argparse.Namespace) -> tuple[Recipe | None, list[Arm | None]]:
     """The recipe and the arms of it that are measured; [None] without one. Raises RecipeError when
     none can be served."""
-    from ..bench.recipe import RecipeError, find_recipe
+    from ..recipe.reader import find_recipe
+    from ..recipe.recipe import RecipeError
 
     if not arguments.recipe:
         return None, [None]
@@ -272,8 +273,8 @@ def _name(arguments: argparse.Namespace, recipe: Recipe | None) -> str:
 def _setup(
     arguments: argparse.Namespace, recipe: Recipe | None, workload: Any, out: Path, progress: Any
 ) -> Setup:
+    from ..bench.deployment import Setup
     from ..bench.store import begun
-    from ..bench.target import Setup
     from .active import from_url
 
     given = {
@@ -294,16 +295,16 @@ def _setup(
     )
 
 
-def _target(
+def _deployment(
     arguments: argparse.Namespace, setup: Setup, recipe: Recipe | None, arm: Arm | None, place: Path
 ) -> Running | Launch:
-    from ..bench import target
+    from ..bench import deployment
 
     if arguments.url:
-        return target.Running(setup, arguments.url)
+        return deployment.Running(setup, arguments.url)
     if arguments.serve:
-        return target.of_words(setup, arguments.serve, place)
-    return target.of_recipe(setup, recipe, arm, arguments.model_path, place)
+        return deployment.of_words(setup, arguments.serve, place)
+    return deployment.of_recipe(setup, recipe, arm, arguments.model_path, place)
 
 
 def _loads(arguments: argparse.Namespace, arm: Arm | None, workload: Any) -> list:
@@ -318,14 +319,14 @@ def _loads(arguments: argparse.Namespace, arm: Arm | None, workload: Any) -> lis
 
 
 def _sweep(
-    arguments: argparse.Namespace, target: Running | Launch, loads: list, place: Path
+    arguments: argparse.Namespace, deployment: Running | Launch, loads: list, place: Path
 ) -> list[dict[str, Any]]:
     """Results of the loads; one server for all of them unless its command depends on the
     concurrency."""
     from ..bench.store import Store
     from ..bench.sweep import sweep
 
-    groups = [[load] for load in loads] if getattr(target, "per_point", False) else [loads]
+    groups = [[load] for load in loads] if getattr(deployment, "per_point", False) else [loads]
     results = []
     for group in groups:
         concurrency = (
@@ -333,35 +334,40 @@ def _sweep(
             if len(groups) > 1
             else max((load.concurrency or 1) for load in group)
         )
-        store = Store(place, target.identity(concurrency), arguments.again)
+        store = Store(place, deployment.identity(concurrency), arguments.again)
         results += sweep(
-            lambda: target.open(concurrency), group, store, arguments.repeat, target.setup.progress
+            lambda: deployment.open(concurrency),
+            group,
+            store,
+            arguments.repeat,
+            deployment.setup.progress,
         )
     return results
 
 
-def _search(arguments: argparse.Namespace, target: Running | Launch, place: Path) -> None:
-    from ..bench import bounded
+def _search(arguments: argparse.Namespace, deployment: Running | Launch, place: Path) -> None:
     from ..bench.client import Load
+    from ..bench.slo import SLO, search
     from ..bench.store import Store
 
-    bounds = bounded.Bounds(arguments.ttft_ms, arguments.tpot_ms)
-    store = Store(place, target.identity(None), arguments.again)
-    done = store.finished(bounds.name(arguments.prompts), 1)
-    with nullcontext() if done else target.open(None) as bench:
-        result = done or bounded.search(bench, bounds, arguments.rate, arguments.prompts, store)
-    target.setup.progress.finished(
+    slo = SLO(arguments.ttft_ms, arguments.tpot_ms)
+    store = Store(place, deployment.identity(None), arguments.again)
+    done = store.finished(slo.name(arguments.prompts), 1)
+    with nullcontext() if done else deployment.open(None) as bench:
+        result = done or search(bench, slo, arguments.rate, arguments.prompts, store)
+    deployment.setup.progress.finished(
         Load.poisson(result["request_rate"], arguments.prompts), result, done is not None
     )
 
 
 def _ablate(
-    arguments: argparse.Namespace, target: Launch, arm: Arm | None, workload: Any, place: Path
+    arguments: argparse.Namespace, deployment: Launch, arm: Arm | None, workload: Any, place: Path
 ) -> None:
-    from ..bench import ablation, screen
+    from ..active import Row
+    from ..bench import ablation
     from ..bench.client import BenchError, Load
+    from ..bench.progress import print_ranking
     from ..bench.store import write_json
-    from ..report import Row
 
     counts = arguments.conc or [max(arm.concurrency) if arm else CONCURRENCY[-1]]
     if len(counts) != 1:
@@ -372,9 +378,9 @@ def _ablate(
 
     def measure(operator: str | None, name: str) -> dict[str, Any]:
         changed = (
-            target.without(operator, place / name)
+            deployment.without(operator, place / name)
             if operator
-            else replace(target, directory=place / name)
+            else replace(deployment, directory=place / name)
         )
         return _sweep(arguments, changed, loads, place / name)[0]
 
@@ -396,4 +402,4 @@ def _ablate(
         place / "ablation.json",
         {"noise": noise, "concurrency": counts[0], "worth": [asdict(worth) for worth in worths]},
     )
-    screen.ranking(worths, noise)
+    print_ranking(worths, noise)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..bench.accuracy import Score
-    from ..bench.gate import Outcome
-    from ..bench.recipe import Recipe
+    from ..accuracy.gate import Outcome
+    from ..accuracy.score import Score
+    from ..recipe.recipe import Recipe
 
 HUB = "hub"
 HERE = "here"
@@ -210,7 +210,7 @@ _OF_THE_GATE = ("precision", "profile", "operators", "quick", "json")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..bench.accuracy import EvalError
+    from ..accuracy.score import EvalError
 
     if (arguments.url is None) == (arguments.tiny is None):
         raise EvalError(
@@ -227,7 +227,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_server(arguments: argparse.Namespace) -> int:
-    from ..bench.accuracy import difference
+    from ..accuracy.score import difference
 
     recipe = _recipe(arguments)
     thresholds = _thresholds(arguments, recipe)
@@ -252,8 +252,8 @@ def _run_server(arguments: argparse.Namespace) -> int:
 def _recipe(arguments: argparse.Namespace) -> Recipe | None:
     """The recipe; its task is asked for unless the user named one. Raises EvalError when there is
     nothing to evaluate."""
-    from ..bench.accuracy import EvalError
-    from ..bench.recipe import find_recipe
+    from ..accuracy.score import EvalError
+    from ..recipe.reader import find_recipe
 
     recipe = find_recipe(arguments.recipe) if arguments.recipe else None
     tasks = arguments.gsm8k or arguments.needle or arguments.recall
@@ -294,7 +294,7 @@ def _thresholds(arguments: argparse.Namespace, recipe: Recipe | None) -> dict[st
 
 
 def _scores(arguments: argparse.Namespace, url: str) -> list[Score]:
-    from ..bench import gate, gsm8k, needle, recall
+    from ..accuracy import gate, gsm8k, needle, recall
     from ..bench.server import model_name
 
     text = recall.held_out(gate.checkpoint_directory()) if arguments.recall else ""
@@ -373,7 +373,7 @@ def _judged(score: Score, threshold: float | None) -> bool:
 
 def _pairs(arguments: argparse.Namespace, scores: list[Score]) -> list[tuple[Score, Score]]:
     """Every score with the other server's of the same task."""
-    from ..bench.accuracy import EvalError, read_scores
+    from ..accuracy.score import EvalError, read_scores
 
     if not arguments.against:
         return []
@@ -425,8 +425,8 @@ def _write(
 
 def _run_gate(arguments: argparse.Namespace) -> int:
     from .. import flags
-    from ..bench.exam import FULL, QUICK
-    from ..bench.gate import checkpoint_directory, chosen, run_gate, settings
+    from ..accuracy.eval_set import FULL, QUICK
+    from ..accuracy.gate import checkpoint_directory, chosen, run_gate, settings
     from ..runtime.verify import machine
 
     flags.check()
@@ -463,7 +463,7 @@ def _run_gate(arguments: argparse.Namespace) -> int:
 
 
 def _check_directory(directory: Path, shipped: bool) -> None:
-    from ..bench.accuracy import EvalError
+    from ..accuracy.score import EvalError
 
     if not directory.is_dir():
         what = "the trained checkpoint of this package" if shipped else "--tiny"
@@ -473,8 +473,8 @@ def _check_directory(directory: Path, shipped: bool) -> None:
 def _write_gate(arguments: argparse.Namespace, directory: Path, outcomes: list[Outcome]) -> None:
     from dataclasses import asdict
 
+    from ..accuracy.gate import MARGINS
     from ..bench import environment
-    from ..bench.gate import MARGINS
     from ..bench.store import write_json
 
     document = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..bench.recipe import Arm, Recipe
+    from ..recipe.recipe import Arm, Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from ..bench.recipe import list_recipes
+    from ..recipe.reader import list_recipes
 
     recipes = list_recipes(arguments.dir)
     width = max((len(recipe.name) for recipe in recipes), default=0)
@@ -69,11 +69,13 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from ..bench import recipe as recipes
+    from ..recipe.command import command, original_command, shell
+    from ..recipe.reader import find_recipe
+    from ..recipe.recipe import RecipeError
 
-    recipe = recipes.find_recipe(arguments.name, arguments.dir)
+    recipe = find_recipe(arguments.name, arguments.dir)
     if arguments.original and recipe.original is None:
-        raise recipes.RecipeError(
+        raise RecipeError(
             f"recipe {recipe.name} has no original: it was first written for this plugin"
         )
     arms = recipe.original.arms if arguments.original else recipe.arms
@@ -90,10 +92,10 @@ def _show(arguments: argparse.Namespace) -> int:
         if arm.not_served:
             print(f"# not served by this version: {arm.not_served}")
         if arguments.original:
-            words = recipes.original_command(recipe, arm, arguments.concurrency)
+            words = original_command(recipe, arm, arguments.concurrency)
         else:
-            words = recipes.command(recipe, arm, arguments.model_path, arguments.concurrency)
-        print(recipes.shell(words, arm.environment))
+            words = command(recipe, arm, arguments.model_path, arguments.concurrency)
+        print(shell(words, arm.environment))
     return 0
 
 
@@ -131,25 +133,27 @@ def _facts(recipe: Recipe, original: bool) -> list[str]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ..bench import recipe as recipes
+    from ..recipe.command import command, shell
+    from ..recipe.reader import find_recipe
+    from ..recipe.recipe import RecipeError
 
-    recipe = recipes.find_recipe(arguments.name, arguments.dir)
+    recipe = find_recipe(arguments.name, arguments.dir)
     arm = recipe.arm(arguments.arm)
     if arm.not_served:
-        raise recipes.RecipeError(
+        raise RecipeError(
             f"recipe {recipe.name}, arm {arm.name}: not served by this version: {arm.not_served}"
         )
     problems = [problem for _, problem in _problems([(recipe, arm)])]
     if problems:
-        raise recipes.RecipeError(f"recipe {recipe.name}: " + "; ".join(problems))
-    words = recipes.command(recipe, arm, arguments.model_path, arguments.concurrency)
-    print(recipes.shell(words, arm.environment), flush=True)
+        raise RecipeError(f"recipe {recipe.name}: " + "; ".join(problems))
+    words = command(recipe, arm, arguments.model_path, arguments.concurrency)
+    print(shell(words, arm.environment), flush=True)
     os.execvpe(words[0], words, {**os.environ, **arm.environment})
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from ..bench.recipe import find_recipe, list_recipes
     from ..host import arguments as host
+    from ..recipe.reader import find_recipe, list_recipes
 
     recipes = (
         [find_recipe(name, arguments.dir) for name in arguments.name]
@@ -191,8 +195,8 @@ def _resolved(launches: list[tuple[Recipe, Arm, list[str]]]) -> list[tuple[Recip
     whose config.json is at hand."""
     import tempfile
 
-    from ..bench.recipe import model_config
     from ..host import arguments as host
+    from ..recipe.command import model_config
 
     with tempfile.TemporaryDirectory() as directory:
         known = []
@@ -235,7 +239,7 @@ def _mark_problems(arm: Arm, refusal: str) -> list[str]:
 
 def _host_words(recipe: Recipe, arm: Arm) -> list[str]:
     """The arguments that reach the host, as `dsv4 serve` hands them on."""
-    from ..bench.recipe import option_words
+    from ..recipe.command import option_words
 
     device = "cpu" if "--cpu" in recipe.serve else "cuda"  # ROCm's device is called cuda too
     return [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..bench.curves import Curve, PublishedTable
+    from ..report.curves import Curve, PublishedTable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,14 +72,21 @@ def _levels(text: str) -> tuple[float, ...]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..bench.cost import SHIPPED, CostTable
-    from ..bench.distance import distance
-    from ..bench.document import Report
+    from ..report.cost import SHIPPED, CostTable
+    from ..report.document import Report
+    from ..roofline.distance import distance
 
     costs = CostTable.load(arguments.costs or SHIPPED)
     curves, published = _curves(arguments)
     far = distance(curves, arguments.model, arguments.gpu) if arguments.roofline else None
-    report = Report.of(curves, published, costs, arguments.levels, far)
+    report = Report.of(
+        curves,
+        published,
+        costs,
+        arguments.levels,
+        far.limit if far else None,
+        [far.section()] if far else [],
+    )
     for path in report.write(arguments.out):
         print(path)
     return 0
@@ -87,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _curves(arguments: argparse.Namespace) -> tuple[list[Curve], PublishedTable | None]:
     """The curves to draw, and the published table if its curves are among them."""
-    from ..bench.curves import ResultError, load_published, load_results
+    from ..report.curves import ResultError, load_published, load_results
 
     if arguments.published and arguments.no_published:
         raise ResultError("--published and --no-published exclude each other; give one")

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..bench.fit import Fit
-    from ..bench.hardware import Hardware
-    from ..bench.limit import LimitPoint
-    from ..bench.roofline import Step
     from ..config import Geometry
+    from ..roofline.fit import Fit
+    from ..roofline.hardware import Hardware
+    from ..roofline.limit import LimitPoint
+    from ..roofline.step import Step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pro, flash, or a config.json or its directory (default: %(default)s)",
     )
     parser.add_argument(
-        "--gpu", default="MI355X", help="GPU of bench/hardware.yaml (default: %(default)s)"
+        "--gpu", default="MI355X", help="GPU of roofline/hardware.yaml (default: %(default)s)"
     )
     parser.add_argument(
         "--layout",
@@ -106,14 +106,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _figures(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every figure that the command knows, in seconds, bytes and FLOP."""
-    from ..bench import assumptions, limit, roofline, weights
-    from ..bench.hardware import Hardware
+    from ..checkpoint.released import load_geometry
+    from ..roofline import assumptions, limit, weights
+    from ..roofline.hardware import Hardware
+    from ..roofline.layout import Layout
+    from ..roofline.memory import largest_batch, resident
+    from ..roofline.step import decode_step, prefill_step
 
-    geometry = roofline.load_geometry(arguments.model)
+    geometry = load_geometry(arguments.model)
     hardware = Hardware.named(arguments.gpu)
-    layout = roofline.Layout.parse(arguments.layout)
+    layout = Layout.parse(arguments.layout)
     efficiency = assumptions.parse(arguments.what_if)
-    make = roofline.prefill_step if arguments.prefill else roofline.decode_step
+    make = prefill_step if arguments.prefill else decode_step
     shapes = [(context, batch) for context in arguments.context for batch in arguments.batch]
     steps = [
         make(geometry, hardware, layout, batch, context, arguments.index_dtype).under(efficiency)
@@ -140,11 +144,9 @@ def _figures(arguments: argparse.Namespace) -> dict[str, Any]:
         "mtp_parameters": sum(holding.elements for holding in holdings if holding.mtp),
         "checkpoint_bytes": sum(holding.bytes for holding in holdings),
         "bytes_by_group": weights.component_bytes(geometry),
-        "resident_bytes_per_gpu": roofline.resident(geometry, layout),
+        "resident_bytes_per_gpu": resident(geometry, layout),
         "largest_batch": {
-            str(context): roofline.largest_batch(
-                geometry, hardware, layout, context, arguments.index_dtype
-            )
+            str(context): largest_batch(geometry, hardware, layout, context, arguments.index_dtype)
             for context in arguments.context
         },
         "steps": [_step(step, batch) for step, (_, batch) in zip(steps, shapes)],
@@ -193,9 +195,9 @@ def _limit_point(point: LimitPoint) -> dict[str, Any]:
 
 
 def _fits(geometry: Geometry, hardware: Hardware, model: str) -> list[dict[str, Any]]:
-    from ..bench.curves import load_published
-    from ..bench.fit import fit_curve
-    from ..bench.roofline import LayoutError
+    from ..report.curves import load_published
+    from ..roofline.fit import fit_curve
+    from ..roofline.layout import LayoutError
 
     published = load_published()
     if hardware.name != published.curves[0].hardware or model != "pro":

@@ -15,7 +15,7 @@ from typing import Any
 
 from sglang.srt.runtime_context import get_parallel, get_server_args
 
-from .. import device, flags, report
+from .. import active, device, flags
 from ..ops.operator import report_rows
 from .version import installed
 
@@ -32,7 +32,7 @@ class Recorder:
 
     def __init__(self):
         args = get_server_args()
-        self.path = Path(flags.read("DSV4_REPORT") or report.default_path(args.port))
+        self.path = Path(flags.read("DSV4_REPORT") or active.default_path(args.port))
         self.ready = False
         self._publishes = get_parallel().tp_group.rank_in_group == 0
         self._phases: set[str] = set()
@@ -67,7 +67,7 @@ class Recorder:
             if self.ready:
                 logger.info(
                     "dsv4_plugin: what runs, after the first prefill and decode\n%s",
-                    report.text(self.report()),
+                    active.text(self.report()),
                 )
                 self.publish()
         if self._timer is None:
@@ -75,9 +75,9 @@ class Recorder:
             self._timer.daemon = True
             self._timer.start()
 
-    def report(self) -> report.Report:
+    def report(self) -> active.ActiveReport:
         """The report of this moment."""
-        return report.Report(
+        return active.ActiveReport(
             {
                 **self._facts,
                 "written": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -165,7 +165,7 @@ class Series:
         self._paths: set[tuple] = set()
         self._last: dict[tuple, int] = {}
 
-    def set(self, rows: list[report.Row], compiles: int) -> None:
+    def set(self, rows: list[active.Row], compiles: int) -> None:
         """Brings the series up to `rows` and the number of kernels compiled; only what changed is
         touched."""
         totals: dict[tuple, int] = {(self._compiles,): compiles}

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import device, flags, report
+from .. import active, device, flags
+from ..active import ANY
 from ..cache.step_plan import phase
 from ..flags import AUTO, REFERENCE
-from ..report import ANY
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class Operator:
         self.varying = varying
         self.implementations: dict[str, Implementation] = {}
         self.choices: dict[Key, Choice] = {}
-        self._past: dict[tuple, report.Row] = {}
+        self._past: dict[tuple, active.Row] = {}
         self._said: set[tuple] = set()
         self._found: dict[tuple, Choice] = {}
         self._layers: frozenset[int] | None = None
@@ -278,10 +278,10 @@ class Operator:
         self.choices.clear()
         self._found.clear()
 
-    def _counted(self) -> Iterator[report.Row]:
+    def _counted(self) -> Iterator[active.Row]:
         for key, choice in list(self.choices.items()):
             if choice.calls:
-                yield report.Row(
+                yield active.Row(
                     self.name,
                     key.phase,
                     key.layer_kind,
@@ -299,9 +299,9 @@ class Operator:
             self._said.add(what)
             logger.warning("dsv4_plugin: %s", message)
 
-    def rows(self) -> list[report.Row]:
+    def rows(self) -> list[active.Row]:
         """What was chosen and ran; keys that differ in nothing a reader sees are one row."""
-        shown: dict[tuple, report.Row] = {}
+        shown: dict[tuple, active.Row] = {}
         for row in self._counted():
             _add(row, shown)
         return [*map(replace, list(self._past.values())), *shown.values()]
@@ -394,12 +394,12 @@ def observed(observer: Observer) -> Iterator[None]:
         _OBSERVERS.pop()
 
 
-def report_rows() -> list[report.Row]:
+def report_rows() -> list[active.Row]:
     """What was chosen and ran so far."""
     return [row for each in OPERATORS.values() for row in each.rows()]
 
 
-def _add(row: report.Row, rows: dict[tuple, report.Row]) -> None:
+def _add(row: active.Row, rows: dict[tuple, active.Row]) -> None:
     """Puts `row` among `rows`, or its calls on the one that looks the same."""
     same = rows.setdefault((*row.place, row.implementation, *row.rejected.items()), row)
     if same is not row:

@@ -3,10 +3,8 @@ scaled to fit."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from ..cache import (
     latent_page_bytes,
 )
 from ..cache.stores import SlotStore
+from ..checkpoint.released import load_geometry
 from ..config import Geometry
 from ..formats import quantize_weight_fp4, quantize_weight_fp8
 from ..ops import build_step_plan
@@ -29,7 +28,6 @@ from ..ops.step_plan import StepPlan
 from .pool import Pages
 
 MODELS = ("pro", "flash")
-_CONFIGS = Path(__file__).parents[1] / "bench" / "models"
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,6 @@ class Size:
         return sum(self.new)
 
 
-def geometry(name: str) -> Geometry:
-    """Geometry of the released model `name`."""
-    return Geometry.from_config(json.loads((_CONFIGS / f"{name}.json").read_text()))
-
-
 def sizes(name: str, device: torch.device, quick: bool) -> list[Size]:
     """Steps of model `name` on one of eight ranks: an idle rank's 0 rows, decode, and prefill
     chunks.
@@ -64,7 +57,7 @@ def sizes(name: str, device: torch.device, quick: bool) -> list[Size]:
     On a CPU the width, the heads and the number of experts shrink; head geometry and formats stay
     real.
     """
-    full = geometry(name)
+    full = load_geometry(name)
     if device.type == "cpu":
         full = replace(
             full,

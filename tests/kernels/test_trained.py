@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from test_golden import KERNELS, TRITON
 
 from dsv4_plugin import flags
-from dsv4_plugin.bench import gate
-from dsv4_plugin.bench.exam import Amount, make_exam
+from dsv4_plugin.accuracy import gate
+from dsv4_plugin.accuracy.eval_set import Amount, build_eval_set
 from dsv4_plugin.config import Precision
 from dsv4_plugin.ops import operator
 
@@ -24,7 +24,7 @@ def test_things_are_recalled_by_kernels():
     questions after it."""
     directory = gate.checkpoint_directory()
     engine = gate.load_engine(directory, Precision.SERVING, "cpu", max_tokens=4096)
-    [asked] = make_exam(directory, engine.model.geometry.bos_token_id, FAR).documents[1024]
+    [asked] = build_eval_set(directory, engine.model.geometry.bos_token_id, FAR).documents[1024]
     begin = asked.things[0][0] - TAIL
     rest = (asked.ids[begin:-TAIL], *([token] for token in asked.ids[-TAIL:]))
 

@@ -162,7 +162,7 @@ RECIPES = {
 @pytest.mark.parametrize("date", RECIPES)
 def test_a_recipe_asks_for_what_its_milestone_names(date):
     check(RECIPES[date])
-    asked = {wish.operator for wish in flags.foreign_wishes(RECIPES[date])}
+    asked = {choice.operator for choice in flags.foreign_choices(RECIPES[date])}
     assert len(asked) >= 7
     for operator in asked:
         assert (

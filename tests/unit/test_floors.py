@@ -10,7 +10,21 @@ import pytest
 import dsv4_plugin
 
 ROOT = Path(dsv4_plugin.__file__).parent
-FLOORS = ("cli", "bench", "host", "runtime", "model", "checkpoint", "ops", "kernels", "cache")
+FLOORS = (
+    "cli",
+    "bench",
+    "recipe",
+    "roofline",
+    "report",
+    "accuracy",
+    "host",
+    "runtime",
+    "model",
+    "checkpoint",
+    "ops",
+    "kernels",
+    "cache",
+)
 SOURCES = sorted(ROOT.rglob("*.py"))
 
 

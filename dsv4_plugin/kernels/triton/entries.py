@@ -52,8 +52,8 @@ def norm_and_rotate(x, weight, eps, cos, sin, row, DIM: tl.constexpr):
         x * scale * tl.load(weight + line * columns + tl.arange(0, columns)[None, :]).to(tl.float32)
     )
     pair = line * (columns // 2) + tl.arange(0, columns // 2)[None, :]
-    turn, lift = load_rotation(cos, sin, row, pair, DIM)
-    return round_to_bf16(rotate(x, turn, lift))
+    cosines, sines = load_rotation(cos, sin, row, pair, DIM)
+    return round_to_bf16(rotate(x, cosines, sines))
 
 
 @triton.jit

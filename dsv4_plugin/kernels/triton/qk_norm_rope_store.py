@@ -26,8 +26,8 @@ def _norm_rope_heads(q, out, cos, sin, token, first_head, heads, eps, BLOCK_HEAD
     at = (token * heads + head) * _DIM + tl.arange(0, _DIM)[None, :]
     x = tl.load(q + at, mask=head < heads, other=0.0).to(tl.float32)
     x = round_to_bf16(x * tl.rsqrt(tl.sum(x * x, 1) / _DIM + eps)[:, None])
-    turn, lift = load_rotation(cos, sin, token, tl.arange(0, _DIM // 2)[None, :], _DIM)
-    tl.store(out + at, to_bf16(rotate(x, turn, lift)), mask=head < heads)
+    cosines, sines = load_rotation(cos, sin, token, tl.arange(0, _DIM // 2)[None, :], _DIM)
+    tl.store(out + at, to_bf16(rotate(x, cosines, sines)), mask=head < heads)
 
 
 @triton.jit

@@ -47,8 +47,8 @@ def rope_hadamard_quant_kernel(
     inside = row < rows
     x = tl.load(q + at, mask=inside[:, None], other=0.0).to(tl.float32)
     token = tl.minimum(row, rows - 1) // heads
-    turn, lift = load_rotation(cos, sin, token[:, None], tl.arange(0, _DIM // 2)[None, :], _DIM)
-    x = _hadamard_rows(rotate(x, turn, lift), BLOCK_ROWS) * _HADAMARD_SCALE
+    cosines, sines = load_rotation(cos, sin, token[:, None], tl.arange(0, _DIM // 2)[None, :], _DIM)
+    x = _hadamard_rows(rotate(x, cosines, sines), BLOCK_ROWS) * _HADAMARD_SCALE
     scale, inverse, _ = fp8_scale(tl.max(tl.abs(x), 1))
     tl.store(out + at, to_fp8_bytes(x * inverse[:, None]), mask=inside[:, None])
     weight = tl.load(weights + row, mask=inside, other=0.0)

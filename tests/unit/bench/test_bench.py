@@ -12,18 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_plugin import flags
+from dsv4_plugin.active import ActiveReport, Row
 from dsv4_plugin.bench import ablation, environment
 from dsv4_plugin.bench import sweep as sweeping
-from dsv4_plugin.bench.bounded import Bounds, largest_rate, search
 from dsv4_plugin.bench.client import BenchError, Load, Workload, client_command
-from dsv4_plugin.bench.curves import load_results
 from dsv4_plugin.bench.result import inferencex, middle, spread
 from dsv4_plugin.bench.server import Server, started
+from dsv4_plugin.bench.slo import SLO, largest_rate, search
 from dsv4_plugin.bench.store import Store, begun
 from dsv4_plugin.bench.sweep import Bench, Progress, sweep
-from dsv4_plugin.bench.watch import warnings
+from dsv4_plugin.bench.validity import warnings
 from dsv4_plugin.cli import main
-from dsv4_plugin.report import Report, Row
+from dsv4_plugin.report.curves import load_results
 
 WORKLOAD = Workload(isl=64, osl=16)
 
@@ -239,7 +239,7 @@ class TestSweep:
     def test_a_run_that_compiled_is_made_again(self, monkeypatch):
         """The kernels of a first run are there in the second, which counts."""
         reports = [
-            Report({"compiled after ready": count, "written": "x"}) for count in (0, 3, 3, 3)
+            ActiveReport({"compiled after ready": count, "written": "x"}) for count in (0, 3, 3, 3)
         ]
         runs = iter((figures(100), figures(200)))
         monkeypatch.setattr(
@@ -252,8 +252,10 @@ class TestSweep:
                 document=lambda: {"figures": made},
             ),
         )
-        watch = SimpleNamespace(read=lambda: reports.pop(0), settled=lambda since: reports.pop(0))
-        bench = Bench(Server("http://x", "m", "m", "m"), WORKLOAD, watch, {})
+        active_report = SimpleNamespace(
+            read=lambda: reports.pop(0), settled=lambda since: reports.pop(0)
+        )
+        bench = Bench(Server("http://x", "m", "m", "m"), WORKLOAD, active_report, {})
         run = bench.run(Load.closed(1, WORKLOAD))
         assert (
             run["figures"]["total_throughput"] == 200
@@ -287,13 +289,13 @@ class TestLargestRate:
             lambda load: figures(tput=100 * load.rate, p99_ttft_ms=100 * load.rate, duration=30.0)
         )
         store = Store(tmp_path, {})
-        result = search(machine, Bounds(300, 50), 1.0, 20, store)
+        result = search(machine, SLO(300, 50), 1.0, 20, store)
         assert 3 / 1.05 <= result["request_rate"] <= 3 and result["scenario"] == "poisson"
         assert result["tput_per_gpu"] == pytest.approx(100 * result["request_rate"])
         assert all(trial["keeps_bounds"] == (trial["rate"] <= 3) for trial in result["trials"])
         assert any("little more than the slowest" in warning for warning in result["warnings"])
         other = Machine(machine.measure)
-        search(other, Bounds(250, 50), 1.0, 20, store)
+        search(other, SLO(250, 50), 1.0, 20, store)
         assert not set(other.made) & set(machine.made)  # rates tried before serve the other bounds
 
     @pytest.mark.parametrize(
@@ -312,7 +314,7 @@ class TestLargestRate:
     def test_a_trial_that_cannot_tell_ends_the_search(self, tmp_path, more, complaint):
         machine = Machine(lambda load: figures(**more))
         with pytest.raises(BenchError, match=complaint):
-            search(machine, Bounds(300, 50), 1.0, 20, Store(tmp_path, {}))
+            search(machine, SLO(300, 50), 1.0, 20, Store(tmp_path, {}))
         assert len(machine.made) == 1
 
     def test_bounds_that_no_rate_keeps(self, tmp_path):
@@ -321,7 +323,7 @@ class TestLargestRate:
         ):
             search(
                 Machine(lambda load: figures(p99_ttft_ms=301)),
-                Bounds(300, 50),
+                SLO(300, 50),
                 1.0,
                 20,
                 Store(tmp_path, {}),
@@ -334,18 +336,18 @@ def row(operator, implementation, calls=1, fallback=False, phase="decode"):
 
 class TestWarnings:
     def test_a_clean_run_has_none(self):
-        report = Report({"compiled after ready": 2}, [row("moe", "triton", 10)])
+        report = ActiveReport({"compiled after ready": 2}, [row("moe", "triton", 10)])
         assert warnings(report, report, figures(), 100) == []
 
     def test_what_spoils_a_run(self):
-        before = Report(
+        before = ActiveReport(
             {"compiled after ready": 2},
             [
                 row("moe", "reference", 10, fallback=True),
                 row("route", "reference", 5, fallback=True),
             ],
         )
-        after = Report(
+        after = ActiveReport(
             {"compiled after ready": 5},
             [
                 row("moe", "reference", 20, fallback=True),
@@ -369,7 +371,7 @@ class TestWarnings:
 
     def test_fallbacks_told_by_series(self):
         told = [
-            Report(
+            ActiveReport(
                 {"compiled after ready": 0, "fell back: moe": f"no gfx950 ({calls} calls)"},
                 [row("moe", "reference")],
             )

@@ -1,0 +1,140 @@
+"""What ran: one row for each operator, phase, layer kind and shape class, from the calls that were
+really made."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ANY = "any"
+"""In place of rows and tensor: of many calls whose shapes are no longer told apart."""
+
+
+class ActiveReportError(ValueError):
+    """A file that is no report of what ran."""
+
+
+def reports_directory() -> Path:
+    """Directory of the reports of all servers of this user: beside SGLang's caches."""
+    return Path(os.environ.get("SGLANG_CACHE_DIR") or "~/.cache/sglang").expanduser() / "dsv4"
+
+
+def default_path(port: int) -> Path:
+    """Where the server on `port` writes its report when DSV4_REPORT does not say."""
+    return reports_directory() / f"active-{port}.json"
+
+
+@dataclass
+class Row:
+    """One choice and the calls it served."""
+
+    operator: str
+    phase: str
+    layer_kind: str
+    rows: str
+    """Rows of the operator's first tensor, as a range."""
+    tensor: str
+    """Dtype, trailing shape and device of the first tensor."""
+    implementation: str
+    calls: int
+    rejected: dict[str, str]
+    """Reason by implementation."""
+    fallback: bool
+    """Whether an implementation that this machine offers was rejected for its arguments."""
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        return self.operator, self.phase, self.layer_kind, self.rows, self.tensor
+
+
+@dataclass
+class ActiveReport:
+    """Facts of one process and its rows."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Model, device, versions, flags that were set, and when."""
+    rows: list[Row] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Writes JSON; a reader sees the old file or the new one, never a part."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, fresh = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        # One row a line, each by json's C encoder: the thread that serves waits for no more.
+        rows = ",\n".join(json.dumps(vars(row)) for row in self.rows)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f'{{"facts": {json.dumps(self.facts)},\n"rows": [\n{rows}\n]}}\n')
+        os.chmod(fresh, 0o644)
+        os.replace(fresh, path)
+
+    @classmethod
+    def read(cls, path: Path) -> ActiveReport:
+        """Reads what `write` wrote. Raises ActiveReportError for anything else, OSError when it cannot be
+        read."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(content["facts"], [Row(**row) for row in content["rows"]])
+        except (KeyError, TypeError, ValueError):
+            raise ActiveReportError(
+                f"{path} is no report of what ran; a server writes it, see DSV4_REPORT"
+            ) from None
+
+
+@dataclass
+class Line:
+    """Rows of one operator and phase that took the same implementation for the same reasons."""
+
+    operator: str
+    phase: str
+    implementation: str
+    rejected: dict[str, str]
+    calls: int = 0
+    layers: list[str] = field(default_factory=list)
+    rows: list[str] = field(default_factory=list)
+
+
+def summary(rows: Iterable[Row]) -> list[Line]:
+    """The rows with their kinds of layers and shape classes joined, in the order they first ran."""
+    lines: dict[tuple, Line] = {}
+    for row in rows:
+        same = (row.operator, row.phase, row.implementation, tuple(row.rejected.items()))
+        line = lines.setdefault(
+            same, Line(row.operator, row.phase, row.implementation, row.rejected)
+        )
+        line.calls += row.calls
+        for value, values in ((row.layer_kind, line.layers), (row.rows, line.rows)):
+            if value not in values:
+                values.append(value)
+    return list(lines.values())
+
+
+def text(report: ActiveReport) -> str:
+    """The report as a table of plain text."""
+    head = ("operator", "phase", "layers", "rows", "implementation", "calls", "not taken")
+    body = [
+        (
+            line.operator,
+            line.phase,
+            " ".join(line.layers),
+            " ".join(sorted(line.rows, key=_first)),
+            line.implementation,
+            str(line.calls),
+            "; ".join(f"{name}: {reason}" for name, reason in line.rejected.items()) or "-",
+        )
+        for line in summary(report.rows)
+    ]
+    widths = [max(len(row[column]) for row in (head, *body)) for column in range(len(head))]
+    table = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+        for row in (head, *body)
+    ]
+    facts = [f"{name}: {value}" for name, value in report.facts.items()]
+    return "\n".join([*facts, *table])
+
+
+def _first(rows: str) -> int:
+    return -1 if rows == ANY else int(rows.partition("-")[0])

@@ -1,0 +1,1 @@
+"""Launch recipes: the files of recipes/, checked and turned into commands."""

@@ -1,0 +1,2 @@
+"""Curves of measured and published points, their costs, and the figures and pages that show
+them."""

@@ -1,0 +1,71 @@
+"""How the GPUs of a node share a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import Geometry
+
+
+class LayoutError(ValueError):
+    """A layout that is not understood or that the model's sizes do not allow, or a step that is
+    none."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How `gpus` ranks share the model: attention is data-parallel over `dp` groups and
+    tensor-parallel inside one; the experts are split over all ranks, by intermediate size or, with
+    `ep` equal to `gpus`, by expert. Embedding and head are split over all ranks."""
+
+    gpus: int
+    dp: int = 1
+    ep: int = 1
+
+    @property
+    def attention_tp(self) -> int:
+        return self.gpus // self.dp
+
+    @property
+    def name(self) -> str:
+        attention = f"dp{self.dp}" if self.dp > 1 else f"tp{self.gpus}"
+        return attention + (f"-ep{self.ep}" if self.ep > 1 else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """From a name: tp8, dp8, dp8-ep8, tp4; "dp4/8" is four attention groups over eight GPUs.
+        Raises LayoutError."""
+        attention, dash, expert = text.partition("-")
+        kind, sizes = attention[:2], attention[2:]
+        groups, _, gpus = sizes.partition("/")
+        numbers = (groups, gpus or groups, expert[2:] if dash else "1")
+        if (
+            kind not in ("tp", "dp")
+            or (dash and expert[:2] != "ep")
+            or not all(n.isdigit() and int(n) for n in numbers)
+            or (kind == "tp" and gpus)
+        ):
+            raise LayoutError(
+                f"layout {text!r} is not understood; write tp8, dp8, dp8-ep8 or dp4/8 (4 attention"
+                " groups on 8 GPUs)"
+            )
+        return cls(int(numbers[1]), int(groups) if kind == "dp" else 1, int(numbers[2]))
+
+    def check(self, geometry: Geometry) -> None:
+        """Raises LayoutError naming the size that the layout does not divide."""
+        if self.gpus % self.dp:
+            raise LayoutError(
+                f"layout {self.name}: {self.dp} attention groups do not divide {self.gpus} GPUs"
+            )
+        if self.ep not in (1, self.gpus):
+            raise LayoutError(
+                f"layout {self.name}: ep is {self.ep}; experts are split by index over all"
+                f" {self.gpus} GPUs or not at all"
+            )
+        for what, total, ways in (
+            ("num_attention_heads", geometry.num_attention_heads, self.attention_tp),
+            ("o_groups", geometry.o_groups, self.attention_tp),
+            ("n_routed_experts", geometry.n_routed_experts, self.ep),
+        ):
+            if total % ways:
+                raise LayoutError(f"layout {self.name}: {ways} ways do not divide {what} {total}")
