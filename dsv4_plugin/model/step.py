@@ -22,7 +22,8 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Step:
-    """Token ids [T], the index tensors, the caches and the rotations by compress ratio."""
+    """Token ids [T], the index tensors, the caches and the rotations by compress ratio. The id is
+    -1 in rows that pad a captured graph: no expert works on them."""
 
     token_ids: Tensor
     plan: StepPlan

@@ -141,7 +141,9 @@ class DeepseekV4(nn.Module, HeadCollapse):
         enter_step(plan.max_queries)
         ratios = sorted(set(self.geometry.compress_ratios) & {0, *plan.compression})
         frequencies = {ratio: getattr(self, f"frequencies_{ratio}") for ratio in ratios}
-        return Step(token_ids, plan, caches, rotations(plan, frequencies))
+        # What pads a batch writes to slot 0, which belongs to nobody.
+        routed = token_ids.masked_fill(plan.window_write <= 0, -1)
+        return Step(routed, plan, caches, rotations(plan, frequencies))
 
     def embedded(self, token_ids: Tensor) -> Tensor:
         """Embeddings [T, d] of `token_ids` int64 [T]."""

@@ -153,7 +153,7 @@ def _seen_logits(result: Tensor, a: dict[str, Any]) -> dict[str, Tensor]:
 def _routed(result: tuple[Tensor, Tensor], a: dict[str, Any]) -> dict[str, Tensor]:
     weights, experts = result
     dense = weights.new_zeros(weights.shape[0], a["gate"].shape[0])
-    return {"weight by expert": dense.scatter_add_(1, experts.to(torch.int64), weights)}
+    return {"weight by expert": dense.scatter_add_(1, experts.clamp_min(0), weights)}
 
 
 def _plan(plan: StepPlan, a: dict[str, Any]) -> dict[str, Tensor]:

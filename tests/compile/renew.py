@@ -67,12 +67,14 @@ def main() -> int:
         parser.error(
             f"no cases for {', '.join(sorted(unknown))}; there are {', '.join(operators())}"
         )
-    if tool() is None and not arguments.dry_run:
+    chosen = arguments.operators or list(operators())
+    losing = [name for name in chosen if table.read(name)["versions"].get("llvm_mca")]
+    if tool() is None and not arguments.dry_run and losing:
         parser.error(
-            "the cycle columns need llvm-mca 22 (apt-get install llvm-22, or LLVM_MCA=path); "
-            "--dry-run compares the other columns without it"
+            f"the cycle columns of {', '.join(losing)} need llvm-mca 22 (apt-get install llvm-22, "
+            "or LLVM_MCA=path); --dry-run compares the other columns without it"
         )
-    for operator in arguments.operators or operators():
+    for operator in chosen:
         kept, now = table.read(operator), table.build(operator)
         lines = table.difference(kept["rows"], now["rows"], () if tool() else table.CYCLE_COLUMNS)
         print(f"{operator}: {len(now['rows'])} rows, {len(lines)} cells moved", *lines, sep="\n  ")

@@ -20,6 +20,11 @@ def score(logit: float) -> float:
     return math.sqrt(math.log1p(math.exp(logit)) if logit < 30 else logit)
 
 
+def shares(scores: list[float]) -> list[float]:
+    """Weights of the chosen `scores`: DeepSeek's kernels add 1e-20 to their sum."""
+    return [each / (sum(scores) + 1e-20) * SCALING for each in scores]
+
+
 def inputs(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(x, gate) whose router logits are `logits` [T, E] to the last bit: x picks columns of the
     gate."""
@@ -65,9 +70,10 @@ def test_ties_go_to_the_lowest_expert():
         assert experts[row].tolist() == ranked
 
 
-# softplus computed as log(1 + e^x) is 0 in fp32 from -16.64 on, and the quotient 0/0; log1p lasts
-# to e^-104.
-@pytest.mark.parametrize("level", [-16.64, -17.0, -20.0, -87.0, -103.0, -104.5, -1e3, -1e4, -3e38])
+# Bug of 24728: softplus computed as log(1 + e^x) is 0 in fp32 from -16.64 on, and the quotient 0/0.
+@pytest.mark.parametrize(
+    "level", [-16.64, -17.0, -19.9, -20.1, -87.0, -90.0, -103.0, -104.5, -150.0, -1e3, -1e4, -3e38]
+)
 @pytest.mark.parametrize("hashed", [False, True])
 def test_all_chosen_logits_far_below_zero(level, hashed):
     logits = torch.full((3, 32), -3.4e38)
@@ -76,8 +82,17 @@ def test_all_chosen_logits_far_below_zero(level, hashed):
     table = {"tid2eid": torch.arange(TOPK).expand(1, -1)} if hashed else {"bias": torch.zeros(32)}
     weights, experts = run(logits, **table)
     assert torch.equal(experts, chosen)
-    # Six equal scores share the factor, underflown ones too.
-    torch.testing.assert_close(weights, torch.full((3, TOPK), SCALING / TOPK), rtol=1e-6, atol=0)
+    # The level as fp32 has it: its last bit is 4e-6 of e^(-87/2).
+    want = shares([score(float(torch.tensor(level)))] * TOPK)
+    torch.testing.assert_close(
+        weights, torch.tensor(want).expand(3, -1), rtol=5e-6, atol=torch.finfo(torch.float32).tiny
+    )
+
+
+def test_weights_of_scores_that_underflow_are_zero():
+    """As DeepSeek's own kernels have it: no expert gets anything, and nothing is 0/0."""
+    weights, _ = run(torch.full((2, 8), -3e38), torch.zeros(8))
+    assert torch.equal(weights, torch.zeros(2, TOPK))
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -85,9 +100,23 @@ def test_all_chosen_logits_far_below_zero(level, hashed):
 def test_weights_sum_to_the_scaling_factor(values):
     weights, experts = run(torch.tensor([values]), torch.zeros(8))
     assert weights.isfinite().all() and (weights >= 0).all()
+    best = sorted((score(value) for value in values), reverse=True)[:TOPK]
     # six fp32 quotients; denormal scores lose bits
-    assert weights.sum().item() == pytest.approx(SCALING, rel=1e-5)
+    assert weights.sum().item() == pytest.approx(sum(shares(best)), rel=1e-5, abs=1e-30)
     assert len(set(experts[0].tolist())) == TOPK
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_rows_that_pad_a_graph_are_nobodys(hashed):
+    """Bug of 39804: a row that pads a batch must not be routed."""
+    logits, ids = torch.randn(4, 16), torch.tensor([3, -1, 0, -1])
+    table = {"tid2eid": torch.rand(5, 16).argsort(-1)[:, :TOPK]} if hashed else {}
+    weights, experts = run(logits, None if hashed else torch.zeros(16), ids=ids, **table)
+    want = run(logits, None if hashed else torch.zeros(16), ids=ids.clamp_min(0), **table)
+    for row in (0, 2):
+        assert torch.equal(weights[row], want[0][row])
+        assert torch.equal(experts[row], want[1][row])
+    assert (experts[[1, 3]] == -1).all() and (weights[[1, 3]] == 0).all()
 
 
 def test_far_apart_logits_do_not_underflow():
