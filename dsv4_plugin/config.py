@@ -65,6 +65,22 @@ class Yarn:
 
 
 @dataclass(frozen=True)
+class DSpark:
+    """A block-parallel draft: its stages predict `block_size` tokens in one pass (docs/model.md
+    §3.8)."""
+
+    block_size: int
+    """Tokens drafted in a step."""
+    noise_token_id: int
+    """Token id that stands for each token of the block but the first."""
+    target_layer_ids: tuple[int, ...]
+    """Backbone layers whose output the draft reads, ascending."""
+    markov_rank: int
+    stages: int
+    """Blocks of the draft, `mtp.0` to `mtp.{stages - 1}`."""
+
+
+@dataclass(frozen=True)
 class Geometry:
     """Sizes and constants of one model. Names are those of config.json."""
 
@@ -75,7 +91,7 @@ class Geometry:
     o_groups: int
     o_lora_rank: int
     compress_ratios: tuple[int, ...]
-    """One entry per backbone layer, then one per MTP block."""
+    """One entry per backbone layer, then one per MTP block or stage of the draft."""
     index_n_heads: int
     index_topk: int
     num_hash_layers: int
@@ -90,6 +106,8 @@ class Geometry:
     compress_rope_theta: float
     yarn: Yarn
     num_nextn_predict_layers: int = 1
+    """MTP blocks; 0 with a DSpark draft, whose releases say 1 and hold none."""
+    dspark: DSpark | None = None
     hc_sinkhorn_iters: int = 20
     hc_eps: float = 1e-6
     rms_norm_eps: float = 1e-6
@@ -113,8 +131,13 @@ class Geometry:
 
     @property
     def num_layers(self) -> int:
-        """Backbone layers and MTP blocks."""
-        return self.num_hidden_layers + self.num_nextn_predict_layers
+        """Backbone layers and MTP blocks or stages of the draft."""
+        return self.num_hidden_layers + self.num_draft_blocks
+
+    @property
+    def num_draft_blocks(self) -> int:
+        """Blocks named `mtp.*`: of the older draft, or stages of DSpark."""
+        return self.dspark.stages if self.dspark else self.num_nextn_predict_layers
 
     def is_hash_routed(self, layer: int) -> bool:
         return layer < self.num_hash_layers
@@ -155,16 +178,16 @@ class Geometry:
             raise ConfigError(
                 f"config.json: weight_block_size is {block}; DeepSeek-V4 has [128, 128]"
             )
-        geometry = cls(
-            compress_ratios=_ratios(config),
-            yarn=_yarn(config),
-            **{name: _number(config, name, kind) for name, kind in _REQUIRED.items()},
-            **{
-                name: _number(config, name, kind)
-                for name, kind in _OPTIONAL.items()
-                if config.get(name) is not None
-            },
-        )
+        values = {name: _number(config, name, kind) for name, kind in _REQUIRED.items()} | {
+            name: _number(config, name, kind)
+            for name, kind in _OPTIONAL.items()
+            if config.get(name) is not None
+        }
+        ratios, dspark = _ratios(config), None
+        if any(config.get(name) is not None for name in _DSPARK):
+            dspark = _dspark(config, len(ratios) - values["num_hidden_layers"])
+            values["num_nextn_predict_layers"] = 0
+        geometry = cls(compress_ratios=ratios, yarn=_yarn(config), dspark=dspark, **values)
         geometry._check_sizes()
         return geometry
 
@@ -175,6 +198,8 @@ class Geometry:
             raise ConfigError(
                 f"config.json: compress_ratios holds {unknown}; DeepSeek-V4 has {COMPRESS_RATIOS}"
             )
+        if self.dspark:
+            self._check_dspark(self.dspark)
         if len(ratios) != self.num_layers:
             raise ConfigError(
                 f"config.json: compress_ratios has {len(ratios)} entries for"
@@ -182,7 +207,7 @@ class Geometry:
             )
         if any(ratios[self.num_hidden_layers :]):
             raise ConfigError(
-                "config.json: the MTP blocks' compress_ratios are"
+                "config.json: the compress_ratios of the blocks that draft are"
                 f" {ratios[self.num_hidden_layers :]}, they must be 0"
             )
         if self.num_attention_heads % self.o_groups:
@@ -204,6 +229,24 @@ class Geometry:
         if self.expert_dtype not in ("fp4", "fp8"):
             raise ConfigError(
                 f"config.json: expert_dtype is {self.expert_dtype!r}; supported are 'fp4' and 'fp8'"
+            )
+
+    def _check_dspark(self, dspark: DSpark) -> None:
+        if dspark.stages < 1:
+            raise ConfigError(
+                f"config.json: compress_ratios has {len(self.compress_ratios)} entries for"
+                f" {self.num_hidden_layers} layers; a DSpark draft has one more for each stage"
+            )
+        ids = dspark.target_layer_ids
+        if list(ids) != sorted(set(ids)) or not all(0 <= i < self.num_hidden_layers for i in ids):
+            raise ConfigError(
+                f"config.json: dspark_target_layer_ids is {list(ids)}; they ascend from 0 to"
+                f" {self.num_hidden_layers - 1}"
+            )
+        if dspark.noise_token_id >= self.vocab_size:
+            raise ConfigError(
+                f"config.json: dspark_noise_token_id is {dspark.noise_token_id}; the vocabulary"
+                f" has {self.vocab_size} tokens"
             )
 
 
@@ -238,6 +281,23 @@ _OPTIONAL = dict.fromkeys(("num_nextn_predict_layers", "bos_token_id", "eos_toke
     "expert_dtype": str,
 }
 """Kind of each field: a positive int, a positive float, an int from 0 ("count"), or a str."""
+
+
+_DSPARK = (
+    "dspark_block_size",
+    "dspark_noise_token_id",
+    "dspark_target_layer_ids",
+    "dspark_markov_rank",
+)
+"""Fields of a DSpark draft; one of them asks for all."""
+
+_DSPARK_FIXED = {
+    "enable_confidence_head": True,
+    "confidence_head_with_markov": True,
+    "dspark_markov_head_type": "vanilla",
+    "sample_from_anchor": True,
+}
+"""Fields that no DeepSeek-V4 release sets, with what their absence means."""
 
 
 def _check_family(config: Mapping[str, Any]) -> None:
@@ -298,4 +358,31 @@ def _yarn(config: Mapping[str, Any]) -> Yarn:
             )
             for each in fields(Yarn)
         )
+    )
+
+
+def _dspark(config: Mapping[str, Any], stages: int) -> DSpark:
+    """The draft that the dspark_* fields describe; `stages` is what compress_ratios leaves for
+    it."""
+    ids = _require(config, "dspark_target_layer_ids")
+    if not isinstance(ids, Sequence) or not ids or not all(type(i) is int for i in ids):
+        raise ConfigError(
+            f"config.json: dspark_target_layer_ids is {ids!r}, not a list of layer numbers"
+        )
+    supported = _DSPARK_FIXED | {
+        "n_mtp_layers": stages,
+        "dspark_n_routed_experts": config.get("n_routed_experts"),
+        "dspark_num_experts_per_tok": config.get("num_experts_per_tok"),
+    }
+    for name, value in supported.items():
+        if config.get(name) is not None and config[name] != value:
+            raise ConfigError(
+                f"config.json: {name} is {config[name]!r}; the draft of this model has {value!r}"
+            )
+    return DSpark(
+        block_size=_number(config, "dspark_block_size", int),
+        noise_token_id=_number(config, "dspark_noise_token_id", "count"),
+        target_layer_ids=tuple(ids),
+        markov_rank=_number(config, "dspark_markov_rank", int),
+        stages=stages,
     )

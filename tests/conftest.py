@@ -45,12 +45,22 @@ def golden_geometry(golden_dir):
     return Geometry.from_dir(golden_dir)
 
 
-@pytest.fixture(scope="session", params=["pro", "flash"])
-def released_config(request) -> dict:
-    """config.json of a released model."""
+def _released(name: str) -> dict:
     from dsv4_plugin.checkpoint.released import MODELS
 
-    return json.loads((MODELS / f"{request.param}.json").read_text())
+    return json.loads((MODELS / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="session", params=["pro", "flash"])
+def released_config(request) -> dict:
+    """config.json of a released model with an MTP block."""
+    return _released(request.param)
+
+
+@pytest.fixture(scope="session", params=["pro-0813", "flash-0731"])
+def dspark_config(request) -> dict:
+    """config.json of a released model with a DSpark draft."""
+    return _released(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -60,4 +70,23 @@ def tiny_dir(tmp_path_factory) -> Path:
 
     directory = tmp_path_factory.mktemp("checkpoints") / "tiny"
     write_tiny(directory, tiny_config(hidden=128), seed=1, shard_bytes=3_000_000)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def dspark_dir(tmp_path_factory) -> Path:
+    """A tiny checkpoint with a DSpark draft that does not read the last layers only; read only."""
+    from dsv4_plugin.checkpoint.tiny import tiny_config, write_tiny
+
+    directory = tmp_path_factory.mktemp("dspark") / "model"
+    config = tiny_config(
+        layers=5,
+        hidden=128,
+        intermediate=128,
+        experts=4,
+        index_topk=16,
+        dspark_stages=3,
+        dspark_taps=(0, 2, 3),
+    )
+    write_tiny(directory, config, seed=2)
     return directory

@@ -11,7 +11,7 @@ MODELS = Path(__file__).with_name("models")
 
 
 def load_geometry(model: str) -> Geometry:
-    """Geometry of "pro", "flash", a config.json or a directory that holds one. Raises
+    """Geometry of a released model ("pro-0813"), a config.json or a directory that holds one. Raises
     ConfigError."""
     released = MODELS / f"{model.lower()}.json"
     path = Path(model)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..config import Geometry
+from ..config import DSpark, Geometry
 
 DTYPE_BYTES = {"F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "BF16": 2, "F32": 4, "I64": 8}
 """Bytes of an element of each dtype that a release uses, by its safetensors name."""
@@ -64,9 +64,12 @@ def expected_tensors(geometry: Geometry) -> dict[str, TensorSpec]:
     table.head_collapse("")
     for layer in range(g.num_hidden_layers):
         table.block(f"layers.{layer}.", g.compress_ratios[layer], g.is_hash_routed(layer))
-    for block in range(g.num_nextn_predict_layers):
+    for block in range(g.num_draft_blocks):
         prefix = f"mtp.{block}."
         table.block(prefix, g.compress_ratios[g.num_hidden_layers + block], hash_routed=False)
+        if g.dspark:
+            table.dspark(prefix, g.dspark, block)
+            continue
         table.fp8(prefix + "e_proj", d, d)
         table.fp8(prefix + "h_proj", d, d)
         for name in ("enorm", "hnorm", "norm"):
@@ -167,6 +170,23 @@ class _Table:
         self.plain(prefix + "hc_head_fn", "F32", streams, streams * self.geometry.hidden_size)
         self.plain(prefix + "hc_head_base", "F32", streams)
         self.plain(prefix + "hc_head_scale", "F32", 1)
+
+    def dspark(self, prefix: str, draft: DSpark, stage: int) -> None:
+        """What the first and the last stage of a DSpark draft hold beside their block."""
+        d, vocab = self.geometry.hidden_size, self.geometry.vocab_size
+        if stage == 0:
+            self.fp8(prefix + "main_proj", d, len(draft.target_layer_ids) * d)
+            self.norm(prefix + "main_norm", d)
+        if stage == draft.stages - 1:
+            self.norm(prefix + "norm", d)
+            self.head_collapse(prefix)
+            markov = prefix + "markov_head.markov_"
+            self.bf16(markov + "w1", vocab, draft.markov_rank)
+            # Its rows are added to those of `head`, so they are cut alike.
+            self.plain(
+                markov + "w2.weight", "BF16", vocab, draft.markov_rank, shard=Shard("vocab", 0)
+            )
+            self.bf16(prefix + "confidence_head.proj", 1, d + draft.markov_rank)
 
     def attention(self, prefix: str, ratio: int) -> None:
         g, d = self.geometry, self.geometry.hidden_size

@@ -45,12 +45,17 @@ def tiny_config(
     expert_dtype: str = "fp4",
     compress_ratios: Sequence[int] | None = None,
     mtp_blocks: int = 1,
+    dspark_stages: int = 0,
+    dspark_block: int = 5,
+    dspark_rank: int = 16,
+    dspark_taps: Sequence[int] | None = None,
     max_length: int = 65536,
 ) -> dict[str, Any]:
     """config.json of a small model in the released fields.
 
     Without `compress_ratios` (one per backbone layer) the layers follow Flash: 0, 0, then 4 and 128
-    in turn. Raises ConfigError naming the option and its value for sizes that the formats or the
+    in turn. With `dspark_stages` the draft is a DSpark one, which reads the layers `dspark_taps`
+    (the last three by default), in the place of MTP blocks. Raises ConfigError naming the option and its value for sizes that the formats or the
     geometry do not allow.
     """
     for name, value, unit in (
@@ -76,13 +81,15 @@ def tiny_config(
         raise ConfigError(
             f"{len(compress_ratios)} compress ratios for {layers} layers; give one for each layer"
         )
+    drafting = dspark_stages or mtp_blocks
     config = {
         "architectures": [ARCHITECTURE],
         "model_type": "deepseek_v4",
         "torch_dtype": "bfloat16",
         "num_hidden_layers": layers,
-        "num_nextn_predict_layers": mtp_blocks,
-        "compress_ratios": [*compress_ratios, *[0] * mtp_blocks],
+        # 1 in every release, also in those whose draft is another one.
+        "num_nextn_predict_layers": 1 if dspark_stages else mtp_blocks,
+        "compress_ratios": [*compress_ratios, *[0] * drafting],
         "hidden_size": hidden,
         "vocab_size": VOCAB_SIZE,
         "num_attention_heads": heads,
@@ -139,6 +146,15 @@ def tiny_config(
         "use_cache": True,
         "initializer_range": 0.02,
     }
+    if dspark_stages:
+        config |= {
+            "dspark_block_size": dspark_block,
+            "dspark_noise_token_id": VOCAB_SIZE - 1,
+            "dspark_target_layer_ids": list(
+                range(max(0, layers - 3), layers) if dspark_taps is None else dspark_taps
+            ),
+            "dspark_markov_rank": dspark_rank,
+        }
     Geometry.from_config(config)
     return config
 
@@ -154,13 +170,13 @@ _PLAIN = (
     (r"hc_\w+_scale", (1.0, 0.3)),
     (r"hc_\w+_base", (0.0, 0.4)),
     (r"gate\.bias", (0.0, 0.3)),
-    (r"embed\.weight", (0.0, 1.0)),
+    (r"embed\.weight|markov_w1\.weight", (0.0, 1.0)),
 )
 # Standard deviation times sqrt(inputs) of matrices. w1 and w3 reach swiglu_limit for some percent
 # of their outputs, as trained ones do; w2 brings that back to the size of the residual.
 _GAIN = (
-    (r"w[13]\.weight", 4.5),
-    (r"w2\.weight", 0.075),
+    (r"\.w[13]\.weight", 4.5),
+    (r"\.w2\.weight", 0.075),
     (r"wo_b\.weight", 2.0),
     (r"ffn\.gate\.weight", 1.5),
     (r"head\.weight", 2.0),

@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compressed entries that a ratio-4 layer attends to (default: %(default)s)",
     )
     parser.add_argument(
+        "--dspark",
+        action="store_true",
+        help="with a DSpark draft of three stages in the place of the MTP block, as the releases"
+        " Flash-0731 and Pro-0813",
+    )
+    parser.add_argument(
         "--base", action="store_true", help="as the Base releases: FP8 experts, fp32 scales"
     )
     parser.add_argument(
@@ -87,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         index_topk=arguments.index_topk,
         expert_dtype="fp8" if arguments.base else "fp4",
         compress_ratios=ratios,
+        dspark_stages=3 if arguments.dspark else 0,
     )
     write_tiny(
         arguments.directory,

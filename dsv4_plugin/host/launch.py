@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import flags
 from ..checkpoint.files import CheckpointError, CheckpointFiles
-from ..config import ARCHITECTURE, ConfigError, Geometry
+from ..config import ARCHITECTURE, ConfigError, DSpark, Geometry
 from ..ops.operator import SelectionError, configure
 from ..parallel import Group, Parallel, ParallelError
 from .ledger import LedgerError, take, verify
@@ -99,6 +99,12 @@ def check_port(host: str, port: int) -> None:
 def check_arguments(cfg: Any) -> None:
     """Raises LaunchError for the first of the host's resolved arguments that this package cannot
     serve with."""
+    if cfg.speculative_algorithm in ("EAGLE", "NEXTN") and _dspark(cfg.model_path):
+        raise LaunchError(
+            f"--speculative-algorithm {cfg.speculative_algorithm} drafts with an MTP block, and"
+            f" {cfg.model_path} holds a DSpark draft in its place: the host would draft with random"
+            " weights. Leave it out; this version serves the model without its draft"
+        )
     for name, is_set in _UNSUPPORTED:
         if is_set(cfg):
             raise LaunchError(
@@ -140,6 +146,11 @@ def _is_deepseek_v4(model_path: str) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and ARCHITECTURE in (config.get("architectures") or [])
+
+
+def _dspark(model_path: str) -> DSpark | None:
+    """The draft of the model in directory `model_path`; None for one without, or not here yet."""
+    return Geometry.from_dir(model_path).dspark if _is_deepseek_v4(model_path) else None
 
 
 def resolve(server_args: Any, hf_config: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@ processor around them."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from .ledger import verify
 from .metrics import Recorder
 from .parallel import host_parallel
 from .probe import probe_if_asked
+
+logger = logging.getLogger(__name__)
 
 
 class Head:
@@ -85,6 +88,13 @@ class DeepseekV4ForCausalLM(nn.Module):
                 # The host would read every .safetensors file of the directory; an index narrows
                 # that, without one we do.
                 self.allow_patterns_overrides = files.files
+        if geometry.dspark and parallel.vocab.rank == 0:
+            logger.info(
+                "dsv4_plugin: the checkpoint's DSpark draft (%d stages, %d tokens a step) is not"
+                " loaded: this version serves the model without it",
+                geometry.dspark.stages,
+                geometry.dspark.block_size,
+            )
         self.model = DeepseekV4(
             geometry, precision, parallel, get_device().device, parts="backbone"
         )

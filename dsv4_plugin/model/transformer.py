@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cache import Caches
-from ..config import Geometry, Precision
+from ..config import ConfigError, Geometry, Precision
 from ..ops import mhc_head, mhc_post, mhc_pre
 from ..ops.block_fp8_linear import linear_fp32
 from ..ops.operator import HERE, enter_step
@@ -105,7 +105,8 @@ class DeepseekV4(nn.Module, HeadCollapse):
     """DeepSeek-V4 on one process of a parallel layout.
 
     `parts` is "backbone", "mtp" (the MTP blocks with embedding and head) or "all". Raises
-    ParallelError when the layout does not fit the geometry.
+    ParallelError when the layout does not fit the geometry, ConfigError for parts with a DSpark
+    draft.
     """
 
     def __init__(
@@ -118,6 +119,10 @@ class DeepseekV4(nn.Module, HeadCollapse):
     ):
         super().__init__()
         parallel.check(geometry)
+        if geometry.dspark and parts != "backbone":
+            raise ConfigError(
+                "this version does not run a DSpark draft; build the model with parts='backbone'"
+            )
         build = Build(geometry, Precision(precision), parallel, torch.device(device))
         self.geometry, self.precision, self.parallel = geometry, build.precision, parallel
         self.dtype, self.parts = build.dtype, parts

@@ -21,7 +21,8 @@ def model_config(model: str) -> str | None:
     if own.is_file():
         return own.read_text()
     name = model.split("/")[-1].lower()
-    for released in ("pro", "flash"):
+    # The longest name first: "pro-0813" before "pro".
+    for released in sorted((path.stem for path in MODELS.glob("*.json")), key=len, reverse=True):
         if f"v4-{released}" in name:
             config = json.loads((MODELS / f"{released}.json").read_text())
             return json.dumps(

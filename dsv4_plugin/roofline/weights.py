@@ -26,7 +26,9 @@ _COMPONENTS = (
     (r".*attn\.wq_b\.", "wq_b"),
     (r".*attn\.wo_a\.", "wo_a"),
     (r".*attn\.wo_b\.", "wo_b"),
-    (r"mtp\.\d+\.[eh]_proj\.", "mtp_projections"),
+    (r"mtp\.\d+\.([eh]_proj|main_proj)\.", "mtp_projections"),
+    (r"mtp\.\d+\.markov_head\.", "markov_head"),
+    (r"mtp\.\d+\.confidence_head\.", "confidence_head"),
     (r".*(norm\.weight|attn_sink)$", "norms_and_sinks"),
 )
 

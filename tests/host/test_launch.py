@@ -52,6 +52,20 @@ def test_arguments_that_mean_nothing_here_are_refused(server_args, monkeypatch, 
         launch.check_arguments(server_args)
 
 
+@pytest.mark.parametrize("algorithm", ["EAGLE", "NEXTN"])
+def test_another_draft_than_the_checkpoints_is_refused(
+    server_args, dspark_dir, monkeypatch, algorithm
+):
+    monkeypatch.setenv("DSV4_DEVICE", "cpu")
+    monkeypatch.setattr(server_args, "model_path", str(dspark_dir))
+    launch.check_arguments(server_args)
+    monkeypatch.setattr(server_args, "speculative_algorithm", algorithm)
+    with pytest.raises(
+        launch.LaunchError, match=f"{algorithm} .*{dspark_dir} holds a DSpark draft"
+    ):
+        launch.check_arguments(server_args)
+
+
 @pytest.mark.parametrize("device, wanted", [("cpu", "auto"), ("cuda", "cpu")])
 def test_device_and_platform_must_agree(server_args, monkeypatch, device, wanted):
     monkeypatch.setenv("DSV4_DEVICE", wanted)

@@ -66,6 +66,14 @@ def test_tiny_writes(capsys, tmp_path):
     assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 1
 
 
+def test_tiny_with_a_dspark_draft(capsys, tmp_path):
+    options = ["--layers", "3", "--hidden", "128", "--experts", "4", "--dspark"]
+    status, _, err = run(capsys, "tiny", str(tmp_path / "model"), *options)
+    assert (status, err) == (0, "")
+    dspark = Geometry.from_dir(tmp_path / "model").dspark
+    assert (dspark.stages, dspark.block_size, dspark.target_layer_ids) == (3, 5, (0, 1, 2))
+
+
 @pytest.mark.parametrize(
     "options, told",
     [

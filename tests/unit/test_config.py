@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from dsv4_plugin.config import ConfigError, Geometry
+from dsv4_plugin.config import ConfigError, DSpark, Geometry
 
 
 def test_released_sizes(released_config):
@@ -41,6 +41,49 @@ def test_constants_come_from_the_file(golden_dir):
     assert (geometry.swiglu_limit, geometry.expert_dtype) == (3.0, "fp8")
 
 
+def test_released_dspark_drafts(dspark_config):
+    geometry = Geometry.from_config(dspark_config)
+    pro = geometry.hidden_size == 7168
+    # num_nextn_predict_layers is 1 in these files, and no such block is in the weights.
+    assert dspark_config["num_nextn_predict_layers"] == 1
+    assert (geometry.num_nextn_predict_layers, geometry.num_draft_blocks) == (0, 3)
+    assert geometry.num_layers == len(geometry.compress_ratios) == (64 if pro else 46)
+    assert geometry.dspark == DSpark(
+        block_size=5,
+        noise_token_id=128799,
+        target_layer_ids=(58, 59, 60) if pro else (40, 41, 42),
+        markov_rank=512 if pro else 256,
+        stages=3,
+    )
+
+
+WRONG_DSPARK = [
+    ({"dspark_markov_rank": None}, ["dspark_markov_rank", "missing"]),
+    ({"dspark_block_size": 0}, ["dspark_block_size", "0", "integer from 1"]),
+    ({"dspark_target_layer_ids": [3, 2]}, ["dspark_target_layer_ids", "[3, 2]", "ascend"]),
+    ({"dspark_target_layer_ids": [2, 5]}, ["dspark_target_layer_ids", "[2, 5]", "0 to 4"]),
+    ({"dspark_target_layer_ids": []}, ["dspark_target_layer_ids", "[]", "list"]),
+    ({"dspark_target_layer_ids": ["2"]}, ["dspark_target_layer_ids", "list of layer numbers"]),
+    ({"dspark_noise_token_id": 320}, ["dspark_noise_token_id", "320", "320 tokens"]),
+    ({"compress_ratios": [0, 0, 4, 128, 4]}, ["compress_ratios", "5 entries", "stage"]),
+    ({"compress_ratios": [0, 0, 4, 128, 4, 0, 4, 0]}, ["blocks that draft", "(0, 4, 0)"]),
+    ({"n_mtp_layers": 2}, ["n_mtp_layers", "2", "3"]),
+    ({"dspark_n_routed_experts": 128}, ["dspark_n_routed_experts", "128", "4"]),
+    ({"dspark_markov_head_type": "rnn"}, ["dspark_markov_head_type", "rnn", "vanilla"]),
+    ({"sample_from_anchor": False}, ["sample_from_anchor", "False", "True"]),
+]
+
+
+@pytest.mark.parametrize(
+    "change, named", WRONG_DSPARK, ids=lambda value: "-".join(value) if type(value) is dict else ""
+)
+def test_wrong_dspark_config(dspark_dir, change, named):
+    config = json.loads((dspark_dir / "config.json").read_text()) | change
+    with pytest.raises(ConfigError) as raised:
+        Geometry.from_config(config)
+    assert all(word in str(raised.value) for word in named), str(raised.value)
+
+
 WRONG = [
     (
         {"architectures": ["DeepseekV3ForCausalLM"]},
@@ -56,7 +99,7 @@ WRONG = [
     ({"tie_word_embeddings": True}, ["tie_word_embeddings"]),
     ({"compress_ratios": [0, 0, 4, 64, 4, 0]}, ["compress_ratios", "64", "128"]),
     ({"compress_ratios": [0, 0, 4, 128, 0]}, ["compress_ratios", "5 entries"]),
-    ({"compress_ratios": [0, 0, 4, 128, 4, 4]}, ["MTP", "0"]),
+    ({"compress_ratios": [0, 0, 4, 128, 4, 4]}, ["blocks that draft", "0"]),
     ({"o_groups": 3}, ["o_groups", "3", "8"]),
     ({"num_experts_per_tok": 9}, ["num_experts_per_tok", "9", "8"]),
     ({"expert_dtype": "int4"}, ["int4", "fp4", "fp8"]),

@@ -29,6 +29,8 @@ def contents(directory) -> dict[str, bytes]:
         {"layers": 5, "hidden": 384, "experts": 12, "experts_per_token": 6},
         {"expert_dtype": "fp8"},
         {"mtp_blocks": 0},
+        {"dspark_stages": 3},
+        {"dspark_stages": 1, "dspark_block": 2, "dspark_rank": 8, "dspark_taps": (0,)},
         {"compress_ratios": [128, 4, 0], "layers": 3},
     ],
     ids=str,
@@ -77,7 +79,7 @@ def test_shards_hold_the_same_tensors(tmp_path):
 
 @pytest.fixture(scope="module")
 def tensors():
-    config = tiny_config(layers=4, hidden=128)
+    config = tiny_config(layers=4, hidden=128, dspark_stages=2)
     return dict(tiny.random_tensors(Geometry.from_config(config), seed=0))
 
 
@@ -110,6 +112,7 @@ def test_hash_tables_name_distinct_experts(tensors):
         ({"compress_ratios": [0]}, ["1 compress ratios", "6 layers"]),
         ({"layers": 2, "compress_ratios": [0, 7]}, ["7", "128"]),
         ({"intermediate": -128}, ["intermediate", "-128"]),
+        ({"dspark_stages": 2, "dspark_taps": (6,)}, ["dspark_target_layer_ids", "6", "0 to 5"]),
     ],
 )
 def test_sizes_that_do_not_fit(options, named):

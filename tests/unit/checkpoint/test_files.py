@@ -116,6 +116,39 @@ def test_shard_that_is_something_else(copy):
     assert shard.name in refusal(copy)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mtp.0.main_proj.scale",
+        "mtp.1.ffn.shared_experts.w2.weight",
+        "mtp.2.markov_head.markov_w1.weight",
+        "mtp.2.confidence_head.proj.weight",
+    ],
+)
+def test_missing_tensor_of_a_dspark_draft(dspark_dir, tmp_path, name):
+    shutil.copytree(dspark_dir, tmp_path / "model")
+    tensors = load_file(dspark_dir / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    assert f"1 missing: {name};" in refusal(tmp_path / "model")
+
+
+def test_a_draft_of_the_older_kind_under_a_dspark_config(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config |= {
+        "compress_ratios": [*config["compress_ratios"], 0, 0],
+        "dspark_block_size": 5,
+        "dspark_noise_token_id": 7,
+        "dspark_target_layer_ids": [3, 4, 5],
+        "dspark_markov_rank": 16,
+    }
+    (copy / "config.json").write_text(json.dumps(config))
+    message = refusal(copy)
+    assert "missing: mtp.0.main_proj.weight" in message
+    # Two projections with their scales, three norms, and the three of the head's collapse.
+    assert "10 unexpected" in message and "mtp.0.e_proj.weight" in message
+
+
 def test_index_names_an_absent_file(copy):
     shard = sorted(copy.glob("model-*.safetensors"))[-1]
     shard.unlink()

@@ -190,6 +190,17 @@ def test_parts_of_the_model(golden_dir, golden_geometry, whole, parts):
     assert all(torch.equal(parameter, whole[name]) for name, parameter in parameters.items())
 
 
+def test_the_backbone_beside_a_dspark_draft(dspark_dir):
+    """The draft's tensors are checked with the others and then left out."""
+    parameters = loaded(dspark_dir, Geometry.from_dir(dspark_dir), parts="backbone")
+    assert not any(name.startswith("mtp.") for name in parameters)
+    stored = load_file(dspark_dir / "model.safetensors")
+    for name, parameter in parameters.items():
+        assert np.array_equal(
+            parameter.double().numpy(), decoded(stored, name).astype(np.float64)
+        ), name
+
+
 def test_any_order(golden_geometry, stored, whole):
     names = list(stored)
     random.Random(0).shuffle(names)

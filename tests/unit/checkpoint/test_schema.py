@@ -23,6 +23,14 @@ PUBLISHED_FLASH_DTYPES = {
     "I64": 3,
     "I8": 33792,
 }
+# The releases with a DSpark draft: tensors and bytes of the whole index. The dtypes of the draft's
+# tensors are those of Flash's shards as third parties read them; Pro's follow from its size.
+PUBLISHED_DSPARK = {7168: (149782, 892_727_580_904), 4096: (72317, 166_878_536_440)}
+DSPARK_DTYPES = {
+    7168: {"I8": 3456, "F8_E4M3": 25, "F8_E8M0": 3481, "BF16": 20, "F32": 27},
+    4096: {"I8": 2304, "F8_E4M3": 25, "F8_E8M0": 2329, "BF16": 20, "F32": 27},
+}
+DSPARK_BYTES = {7168: 41_979_375_900, 4096: 10_862_838_300}
 
 
 def test_totals_are_the_published_ones(released_config):
@@ -37,6 +45,60 @@ def test_dtypes_are_the_published_ones(released_config):
     if released_config["hidden_size"] == 4096:
         assert Counter(spec.dtype for spec in tensors.values()) == PUBLISHED_FLASH_DTYPES
     assert {spec.dtype for spec in tensors.values()} <= set(DTYPE_BYTES)
+
+
+def test_totals_with_a_dspark_draft_are_the_published_ones(dspark_config):
+    tensors = expected_tensors(Geometry.from_config(dspark_config))
+    size = dspark_config["hidden_size"]
+    assert (len(tensors), sum(spec.nbytes for spec in tensors.values())) == PUBLISHED_DSPARK[size]
+    drafting = [spec for name, spec in tensors.items() if name.startswith("mtp.")]
+    assert Counter(spec.dtype for spec in drafting) == DSPARK_DTYPES[size]
+    assert sum(spec.nbytes for spec in drafting) == DSPARK_BYTES[size]
+
+
+def test_the_backbone_is_the_same_with_either_draft(dspark_config):
+    geometry = Geometry.from_config(dspark_config)
+    older = replace(
+        geometry,
+        dspark=None,
+        num_nextn_predict_layers=1,
+        compress_ratios=geometry.compress_ratios[: geometry.num_hidden_layers + 1],
+    )
+    backbones = [
+        {name: spec for name, spec in expected_tensors(each).items() if name[:4] != "mtp."}
+        for each in (geometry, older)
+    ]
+    assert backbones[0] == backbones[1]
+    size = geometry.hidden_size
+    assert sum(spec.nbytes for spec in backbones[0].values()) == (
+        PUBLISHED_DSPARK[size][1] - DSPARK_BYTES[size]
+    )
+
+
+def test_stages_of_a_dspark_draft(dspark_config):
+    tensors = expected_tensors(Geometry.from_config(dspark_config))
+    size, rank = dspark_config["hidden_size"], dspark_config["dspark_markov_rank"]
+    for name, stages in (
+        ("main_proj.weight", {0}),
+        ("main_proj.scale", {0}),
+        ("main_norm.weight", {0}),
+        ("norm.weight", {2}),
+        ("hc_head_fn", {2}),
+        ("markov_head.markov_w1.weight", {2}),
+        ("markov_head.markov_w2.weight", {2}),
+        ("confidence_head.proj.weight", {2}),
+        ("attn.attn_sink", {0, 1, 2}),
+        ("ffn.gate.bias", {0, 1, 2}),
+        ("ffn.gate.tid2eid", set()),
+        ("e_proj.weight", set()),
+        ("enorm.weight", set()),
+    ):
+        assert {stage for stage in range(3) if f"mtp.{stage}.{name}" in tensors} == stages, name
+    assert tensors["mtp.0.main_proj.weight"].shape == (size, 3 * size)
+    assert tensors["mtp.2.confidence_head.proj.weight"].shape == (1, size + rank)
+    assert tensors["mtp.2.markov_head.markov_w2.weight"].shape == (129280, rank)
+    assert tensors["mtp.2.markov_head.markov_w2.weight"].shard == tensors["head.weight"].shard
+    assert tensors["mtp.2.markov_head.markov_w1.weight"].shard is None
 
 
 def test_a_real_file_holds_exactly_the_table(golden_dir, golden_geometry):

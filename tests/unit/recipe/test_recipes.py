@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dsv4_plugin.cli import main
-from dsv4_plugin.recipe.command import command, option_words, original_command, shell
+from dsv4_plugin.recipe.command import command, model_config, option_words, original_command, shell
 from dsv4_plugin.recipe.reader import find_recipe, list_recipes, read_recipe
 from dsv4_plugin.recipe.recipe import RecipeError
 
@@ -447,3 +447,19 @@ class TestAgainstTheInstalledHost:
         assert (
             done.stdout.splitlines()[-1] == "auto serve deepseek-ai/DeepSeek-V4-Flash --tp-size 8"
         )
+
+
+@pytest.mark.parametrize(
+    "model, entries, dtype",
+    [
+        ("deepseek-ai/DeepSeek-V4-Pro", 62, "fp4"),
+        ("deepseek-ai/DeepSeek-V4-Pro-0813", 64, "fp4"),
+        ("deepseek-ai/DeepSeek-V4-Flash-0731", 46, "fp4"),
+        ("someone/DeepSeek-V4-Flash-FP8", 44, "fp8"),
+    ],
+)
+def test_a_released_model_is_known_by_its_name(model, entries, dtype):
+    import json
+
+    config = json.loads(model_config(model))
+    assert (len(config["compress_ratios"]), config["expert_dtype"]) == (entries, dtype)
