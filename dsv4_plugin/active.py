@@ -45,7 +45,8 @@ class Row:
     rejected: dict[str, str]
     """Reason by implementation."""
     fallback: bool
-    """Whether an implementation that this machine offers was rejected for its arguments."""
+    """Whether an implementation that this machine offers was rejected: for its arguments, in favour
+    of the reference, or because it does not compile."""
 
     @property
     def place(self) -> tuple[str, ...]:

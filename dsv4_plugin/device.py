@@ -23,6 +23,15 @@ def arch() -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def lacks_fp8() -> str | None:
+    """Why kernels of this GPU cannot convert to and from FP8 e4m3, or None. Triton has that for
+    every AMD GPU."""
+    found = arch()
+    if found.startswith("sm_") and int(found[3:]) < 89:
+        return f"{found} has no FP8 e4m3; sm_89 and later have"
+    return None
+
+
 def interprets_triton() -> bool:
     """Whether Triton kernels run interpreted on the CPU in this process."""
     return os.environ.get("TRITON_INTERPRET") == "1"

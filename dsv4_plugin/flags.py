@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,15 +56,24 @@ class Flag:
     """One switch: an environment variable, the values it takes, the one it has when unset, and what
     it does.
 
-    `values` lists the values, or is the one regular expression that every value matches.
+    `listed` are the values, or the one regular expression that every value matches; a flag that
+    chooses the implementation of `operator` takes those that the operator has.
     """
 
     name: str
-    values: tuple[str, ...] | re.Pattern[str]
+    listed: tuple[str, ...] | re.Pattern[str]
     default: str
     meaning: str
     form: str = ""
     """The values in words, where they are a regular expression."""
+    operator: str = ""
+
+    @property
+    def values(self) -> tuple[str, ...] | re.Pattern[str]:
+        """What it takes, as `listed`."""
+        if self.operator and registered is not None:
+            return AUTO, REFERENCE, *registered(self.operator)
+        return self.listed
 
     def takes(self, value: str) -> bool:
         if isinstance(self.values, re.Pattern):
@@ -100,6 +109,11 @@ class ForeignChoice:
     implementation: str
     weak: bool
 
+    @property
+    def legal(self) -> bool:
+        """Whether the operator has such an implementation."""
+        return _BY_NAME[operator_flag(self.operator)].takes(self.implementation)
+
 
 OPERATORS: dict[str, str] = {
     "rms_norm_quant": "RMSNorm with FP8 quantisation",
@@ -124,6 +138,10 @@ OPERATORS: dict[str, str] = {
 
 AUTO, REFERENCE = "auto", "reference"
 IMPLEMENTATIONS = (AUTO, REFERENCE, "triton", "gluon", "tilelang", "flydsl", "aiter", "host")
+"""What an implementation may be called, by the language or package it is made with."""
+registered: Callable[[str], Iterable[str]] | None = None
+"""Names of the implementations that an operator has; set where operators are defined, None until
+that is imported (`dsv4_plugin.ops`)."""
 _LAYER_LIST = re.compile(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?")
 
 
@@ -173,6 +191,7 @@ def _operator_rows() -> tuple[Flag, ...]:
                 AUTO,
                 f"Implementation of {name}: {what}. auto takes the first that can run; one that is"
                 " named must run.",
+                operator=name,
             ),
             Flag(
                 layers_flag(name),
@@ -247,7 +266,6 @@ FLAGS: tuple[Flag, ...] = (
 )
 
 _BY_NAME = {flag.name: flag for flag in FLAGS}
-_OPERATOR_OF = {operator_flag(name): name for name in OPERATORS}
 
 
 def setting(name: str, environ: Mapping[str, str] = os.environ) -> Setting:
@@ -257,8 +275,8 @@ def setting(name: str, environ: Mapping[str, str] = os.environ) -> Setting:
     own = environ.get(name)
     if own is not None and not flag.takes(own):
         raise FlagError(f"{name}={own!r} is not a value of this flag; it takes {flag.choices}")
-    if name in _OPERATOR_OF:
-        return _operator_setting(_OPERATOR_OF[name], own, environ)
+    if flag.operator:
+        return _operator_setting(flag.operator, own, environ)
     return Setting(flag.default) if own is None else Setting(own, f"{name}={own}")
 
 
@@ -307,6 +325,7 @@ def _operator_setting(operator: str, own: str | None, environ: Mapping[str, str]
     asked += [
         Setting(choice.implementation, choice.source)
         for choice in firm or (choices if own is None else [])
+        if choice.legal
     ]
     for other in asked[1:]:
         if other.value != asked[0].value:
@@ -369,7 +388,7 @@ def foreign_choices(environ: Mapping[str, str] = os.environ) -> Iterator[Foreign
 
 def mirrors(name: str) -> list[str]:
     """Foreign variables that may set flag `name`."""
-    operator = _OPERATOR_OF.get(name)
+    operator = _BY_NAME[name].operator
     meanings = {
         foreign: [*row.get("values", {}).values(), row.get("enabled", {}), row.get("disabled", {})]
         for foreign, row in foreign_flags().items()
@@ -420,8 +439,15 @@ def notes(environ: Mapping[str, str] = os.environ) -> list[str]:
             if choice.source == f"{name}={value}"
             and setting(operator_flag(choice.operator), environ).source == choice.source
         ]
+        absent = [
+            f"{choice.operator} has no implementation {choice.implementation}"
+            for choice in choices
+            if choice.source == f"{name}={value}" and not choice.legal
+        ]
         why = row.get("note") or (
-            text if isinstance(text, str) else "it asks for nothing that is not decided already"
+            text
+            if isinstance(text, str)
+            else ", ".join(absent) or "it asks for nothing that is not decided already"
         )
         lines.append(
             f"{name}={value} is taken as {', '.join(taken)}"

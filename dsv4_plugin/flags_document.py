@@ -24,7 +24,8 @@ implementation, and the report says why it did.
 
 
 def markdown() -> str:
-    """The document. It depends on the table alone, not on the environment."""
+    """The document. It depends on the table and on the operators, which must be imported, not on
+    the environment."""
     general = [flag for flag in flags.FLAGS if flag.name not in _operator_flags()]
     lines = [
         _HEAD,
@@ -42,19 +43,21 @@ def markdown() -> str:
         "## Operators",
         "",
         (
-            "Each operator has two: `DSV4_<OPERATOR>` is"
-            f" {' or '.join(f'`{name}`' for name in flags.IMPLEMENTATIONS)} (default"
-            f" `{flags.AUTO}`), and `DSV4_LAYERS_<OPERATOR>` lists the layers, as `0-3,7`, that"
+            f"Each operator has two: `DSV4_<OPERATOR>` is `{flags.AUTO}` (the default),"
+            f" `{flags.REFERENCE}` or one of the implementations that the operator has, in the order"
+            " that auto tries them; and `DSV4_LAYERS_<OPERATOR>` lists the layers, as `0-3,7`, that"
             " take it; all other layers then take the reference, which is how a wrong"
             " implementation is found by bisection."
         ),
         "",
-        "| variable | operator | asked for by |",
-        "|---|---|---|",
+        "| variable | operator | implementations | asked for by |",
+        "|---|---|---|---|",
     ]
     lines += [
-        f"| `{flags.operator_flag(name)}` | {what} | {_mirrors(name)} |"
-        for name, what in flags.OPERATORS.items()
+        f"| `{flag.name}` | {flags.OPERATORS[flag.operator]} | {_implementations(flag)} |"
+        f" {_mirrors(flag.operator)} |"
+        for flag in flags.FLAGS
+        if flag.operator
     ]
     lines += [
         "",
@@ -62,12 +65,18 @@ def markdown() -> str:
         "",
         (
             "`auto` leaves every operator at `auto`, `safe` gives all of them the reference. The "
-            "dated ones are the milestones of the published MI355X curves:"
+            "dated ones are the milestones of the published MI355X curves; `auto` stands where the "
+            "side branch ran what this package has no implementation of:"
         ),
         "",
         *_profiles(),
         "",
         "## Variables of others",
+        "",
+        (
+            "A variable that asks for an implementation that the operator does not have has no"
+            " effect; the start says so, and the operator is chosen as if it were not set."
+        ),
         "",
         "| variable | taken as |",
         "|---|---|",
@@ -99,6 +108,11 @@ def _values(flag: flags.Flag) -> str:
     return _cell(flag.form) if flag.form else ", ".join(f"`{value}`" for value in flag.values)
 
 
+def _implementations(flag: flags.Flag) -> str:
+    names = [name for name in flag.values if name not in (flags.AUTO, flags.REFERENCE)]
+    return ", ".join(f"`{name}`" for name in names) or "–"
+
+
 def _mirrors(operator: str) -> str:
     return ", ".join(f"`{name}`" for name in flags.mirrors(flags.operator_flag(operator))) or "–"
 
@@ -112,15 +126,17 @@ def _meaning(row: dict) -> str:
         asked = (
             meaning
             if isinstance(meaning, str)
-            else ", ".join(
-                f"`{flags.operator_flag(operator)}={wanted}`"
-                for operator, wanted in meaning.items()
-            )
+            else ", ".join(_asked(operator, wanted) for operator, wanted in meaning.items())
             or "nothing"
         )
         parts.append(f"{value}: {asked}")
     parts += [f"{value}: refused, {why}" for value, why in row.get("refuse", {}).items()]
     return "; ".join(parts + ([row["note"]] if "note" in row else []))
+
+
+def _asked(operator: str, wanted: str) -> str:
+    legal = flags.ForeignChoice("", operator, wanted, weak=False).legal
+    return f"`{flags.operator_flag(operator)}={wanted}`" + ("" if legal else " (not there)")
 
 
 def _code(text: str) -> str:

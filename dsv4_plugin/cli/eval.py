@@ -427,7 +427,7 @@ def _run_gate(arguments: argparse.Namespace) -> int:
     from .. import flags
     from ..accuracy.eval_set import FULL, QUICK
     from ..accuracy.gate import checkpoint_directory, chosen, run_gate, settings
-    from ..runtime.verify import machine
+    from ..runtime.verify import machine  # and with it the operators, whose names flags take
 
     flags.check()
     directory = checkpoint_directory() if arguments.tiny == HERE else Path(arguments.tiny)

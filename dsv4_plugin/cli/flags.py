@@ -22,8 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from .. import flags
+    from .. import device, flags
     from ..flags_document import markdown
+
+    # Without torch there are no operators; the flags then take any name of an implementation.
+    if device.package_version("torch") is not None:
+        from .. import ops  # noqa: F401
 
     if arguments.markdown:
         print(markdown(), end="")
@@ -57,21 +61,22 @@ def _print_table(flags) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    operator_of = {flags.operator_flag(name): name for name in flags.OPERATORS}
     general = Table("switch", "value", "from", "meaning", box=None, pad_edge=False)
-    operators = Table("operator", "value", "from", "layers", "meaning", box=None, pad_edge=False)
+    operators = Table(
+        "operator", "value", "from", "of", "layers", "meaning", box=None, pad_edge=False
+    )
     for flag in flags.FLAGS:
         now = flags.setting(flag.name)
         cells, style = (
             [flag.name, escape(now.value or "-"), escape(now.source)],
             ("" if now.source == "default" else "bold"),
         )
-        if flag.name in operator_of:
-            name = operator_of[flag.name]
+        if flag.operator:
             operators.add_row(
                 *cells,
-                flags.read(flags.layers_flag(name)) or "all",
-                flags.OPERATORS[name],
+                " ".join(flag.values),
+                flags.read(flags.layers_flag(flag.operator)) or "all",
+                flags.OPERATORS[flag.operator],
                 style=style,
             )
         elif not flag.name.startswith(flags.LAYERS):

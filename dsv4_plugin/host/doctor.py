@@ -45,6 +45,7 @@ def examine() -> Iterator[Check]:
     host = _host_version()
     yield host
     yield from _switches()
+    yield from _implementations()
     yield from _caches()
     if host.status != OK:
         return
@@ -165,6 +166,8 @@ def _host_version() -> Check:
 
 
 def _switches() -> Iterator[Check]:
+    if device.package_version("torch") is not None:
+        from .. import ops  # noqa: F401  the values of their flags
     try:
         flags.check()
     except flags.FlagError as error:
@@ -195,6 +198,29 @@ def _switches() -> Iterator[Check]:
             WRONG,
             str(error),
             "choose another implementation, or auto; dsv4 verify shows what runs here",
+        )
+
+
+def _implementations() -> Iterator[Check]:
+    """What this GPU lacks, and which operators go on without what needs it."""
+    if device.package_version("torch") is None or device.arch() == device.CPU:
+        return
+    from ..ops.operator import OPERATORS
+
+    without: dict[str, list[str]] = {}
+    for each in OPERATORS.values():
+        reasons = {name: way.unavailable() for name, way in each.implementations.items()}
+        runs = next((name for name, reason in reasons.items() if reason is None), flags.REFERENCE)
+        for name, reason in reasons.items():
+            if reason is not None:
+                without.setdefault(reason, []).append(f"{each.name} ({runs}, not {name})")
+    for reason, operators in without.items():
+        slow = any(f"({flags.REFERENCE}," in operator for operator in operators)
+        yield Check(
+            "implementations",
+            WARNING if slow else OK,
+            f"{reason}; so auto takes for {', '.join(operators)}",
+            "a reference is right, and slow" if slow else "",
         )
 
 

@@ -157,8 +157,8 @@ class Series:
         )
         self._fallback = Counter(
             "dsv4_fallback",
-            "Calls that ran the reference because an implementation that this "
-            "machine offers refused their arguments",
+            "Calls that another implementation served because one that this machine offers refused "
+            "their arguments or does not compile",
             ("operator", "reason"),
         )
         self._compiles = Counter("dsv4_compile_after_ready", "Kernels compiled while serving")

@@ -21,10 +21,11 @@ from ..checkpoint.load import Loader
 from ..config import Geometry
 from ..model import DeepseekV4
 from ..ops.operator import configure
-from .ledger import verify
+from .ledger import take, taken, verify
 from .metrics import Recorder
 from .parallel import host_parallel
-from .probe import probe_if_asked
+from .probe import probe_if_asked, run_what_is_named
+from .sampler import SAMPLER
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class DeepseekV4ForCausalLM(nn.Module):
 
     def __init__(self, config, quant_config=None, prefix: str = ""):
         super().__init__()
+        if SAMPLER not in taken():
+            take([SAMPLER])
         verify("while the model is built")
         configure()
         directory = model_directory(get_model().model_path, get_model().revision)
@@ -109,6 +112,7 @@ class DeepseekV4ForCausalLM(nn.Module):
         for name, tensor in weights:
             loader.put(name, tensor)
         loader.finish()
+        run_what_is_named(self.model)
         probe_if_asked(self.model)
 
     def get_embed_and_head(self) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,8 @@ def register() -> None:
     try:
         if not flags.enabled("DSV4_PLUGIN"):
             return
+        from .. import ops  # noqa: F401  the values of their flags
+
         flags.check()
         flags.adopt()
         version.check()

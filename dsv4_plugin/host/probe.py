@@ -1,16 +1,34 @@
-"""The known-answer probe in a server that starts: DSV4_PROBE=1."""
+"""What a server that starts runs before it can be ready: implementations that were asked for by
+name, and the known-answer probe (DSV4_PROBE=1)."""
 
 from __future__ import annotations
 
 import logging
 import time
 
-from .. import flags
+from .. import device, flags
 from ..model import DeepseekV4
-from ..runtime.probe import ProbeError, probe
+from ..ops.operator import OPERATORS, SelectionError
+from ..runtime.probe import ProbeError, probe, run_once
 from .refusal import refuse
 
 logger = logging.getLogger(__name__)
+
+
+def run_what_is_named(model: DeepseekV4) -> None:
+    """Where implementations were asked for by name, runs a fixed prompt through the loaded `model`:
+    one that does not compile ends the process with one line, now and not while it serves."""
+    if device.arch() == device.CPU or not any(each.named for each in OPERATORS.values()):
+        return
+    start = time.perf_counter()
+    try:
+        run_once(model)
+    except SelectionError as error:
+        refuse(error)
+    logger.info(
+        "dsv4_plugin: the implementations asked for by name run; compiled and tried in %.1f s",
+        time.perf_counter() - start,
+    )
 
 
 def probe_if_asked(model: DeepseekV4) -> None:
@@ -24,7 +42,7 @@ def probe_if_asked(model: DeepseekV4) -> None:
     start = time.perf_counter()
     try:
         found = probe(model)
-    except ProbeError as error:
+    except (ProbeError, SelectionError) as error:
         refuse(error)
     what = ", ".join(
         f"{name} in {implementation}" for name, implementation in found.compared.items()

@@ -1,5 +1,5 @@
 """Every place where this package reaches into SGLang, one record each. That of the requests' door
-is in requests.py."""
+is in requests.py, that of the sampler in sampler.py."""
 
 from __future__ import annotations
 

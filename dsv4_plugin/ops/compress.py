@@ -108,6 +108,7 @@ compress.add(
         "triton",
         "dsv4_plugin.kernels.triton.compress:compress",
         packages=("triton",),
+        fp8=True,
         requires=_needs_packed_bf16,
     )
 )

@@ -52,6 +52,7 @@ indexer_logits.add(
         "triton",
         "dsv4_plugin.kernels.triton.indexer_logits:indexer_logits",
         packages=("triton",),
+        fp8=True,
         requires=_needs_packed_fp8,
     )
 )

@@ -28,6 +28,7 @@ from .. import active, device, flags
 from ..active import ANY
 from ..cache.step_plan import phase
 from ..flags import AUTO, REFERENCE
+from .compile_failure import compile_failure
 
 logger = logging.getLogger(__name__)
 
@@ -105,14 +106,19 @@ def _is_word(declared: Any) -> bool:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an operator; `path` ("module:function") is imported when it is first
-    chosen."""
+    """One way to run an operator; `path` ("module:function") is imported when it is first chosen.
+
+    One whose kernel does not compile is given up for the next one, which then runs the same call:
+    what kernels before that one wrote must not change the result.
+    """
 
     name: str
     path: str
     packages: tuple[str, ...] = ()
     archs: tuple[str, ...] = ()
     """Prefixes of architectures it runs on; empty for all that have its packages."""
+    fp8: bool = False
+    """Whether its kernels convert to or from FP8 e4m3, which not every GPU can."""
     requires: Requirement | None = None
 
     def unavailable(self) -> str | None:
@@ -127,7 +133,7 @@ class Implementation:
             )
         if self.archs and arch != device.CPU and not arch.startswith(self.archs):
             return f"{arch} is not one of {', '.join(self.archs)}"
-        return None
+        return device.lacks_fp8() if self.fp8 else None
 
     def load(self) -> Callable[..., Any]:
         module, _, function = self.path.partition(":")
@@ -143,7 +149,8 @@ class Choice:
     run: Callable[..., Any]
     rejected: dict[str, str] = field(default_factory=dict)
     fallback: bool = False
-    """Whether an implementation that this machine offers was rejected for its arguments."""
+    """Whether an implementation that this machine offers was rejected: for its arguments, in favour
+    of the reference, or because it does not compile."""
     calls: int = 0
 
 
@@ -163,6 +170,8 @@ class Operator:
         self.choices: dict[Key, Choice] = {}
         self._past: dict[tuple, active.Row] = {}
         self._said: set[tuple] = set()
+        self._given_up: dict[str, str] = {}
+        """Why implementations that this machine offers could not be built, by name."""
         self._found: dict[tuple, Choice] = {}
         self._layers: frozenset[int] | None = None
         self._forced = flags.Setting(AUTO)
@@ -193,7 +202,15 @@ class Operator:
         if choice is None:
             choice = self._find(key, x, inside, args, kwargs)
         choice.calls += 1
-        return choice.run(*args, **kwargs)
+        try:
+            return choice.run(*args, **kwargs)
+        except Exception as error:
+            reason = compile_failure(error)
+            if reason is None or choice.implementation == REFERENCE:
+                raise
+            choice.calls -= 1
+            self._give_up(choice.implementation, reason, error)
+        return self(*args, **kwargs)
 
     def configure(self) -> None:
         """Reads the operator's flags anew and forgets earlier choices.
@@ -214,17 +231,33 @@ class Operator:
         wanted = self._forced.value
         if wanted in (AUTO, REFERENCE):
             return None
-        if wanted not in self.implementations:
-            return (
-                f"{self.name} has no such implementation; it has"
-                f" {', '.join((REFERENCE, *self.implementations))}"
-            )
-        return self.implementations[wanted].unavailable()
+        if reason := self.implementations[wanted].unavailable():
+            return reason
+        try:
+            self.implementations[wanted].load()
+        except (ImportError, AttributeError) as error:
+            return f"it cannot be loaded: {error}"
+        return None
+
+    @property
+    def named(self) -> bool:
+        """Whether an implementation was asked for by name, and must run."""
+        return self._forced.value not in (AUTO, REFERENCE) and not self._forced.yields
 
     def forget(self) -> None:
         """Drops all choices and what was counted."""
-        for each in (self.choices, self._found, self._past, self._said):
+        for each in (self.choices, self._found, self._past, self._said, self._given_up):
             each.clear()
+
+    def _give_up(self, name: str, reason: str, error: Exception) -> None:
+        """Takes no more calls to an implementation that does not compile here; raises
+        SelectionError when it was asked for by name."""
+        reason = f"it does not compile for {device.arch()}: {reason}"
+        if self.named and self._forced.value == name:
+            raise SelectionError(f"{self._asked()} cannot run {self.name}: {reason}") from error
+        self._given_up[name] = reason
+        self._say((name,), f"{self.name} goes on without {name}: {reason}")
+        self._fold(lambda choice: choice.implementation == name, with_shapes=True)
 
     def _asked(self) -> str:
         """The flag that chose the implementation, with what set it where that is another
@@ -270,17 +303,22 @@ class Operator:
             f"{self.name} met {_MOST_CHOICES} kinds of calls and starts choosing anew; the report"
             " counts the earlier ones without their shapes",
         )
-        for row in self._counted():
-            row.rows = row.tensor = ANY
+        self._fold(lambda choice: True, with_shapes=False)
+
+    def _fold(self, ended: Callable[[Choice], bool], with_shapes: bool) -> None:
+        """Drops the choices that ended, and keeps what they served."""
+        for row in self._counted(ended):
+            if not with_shapes:
+                row.rows = row.tensor = ANY
             if len(self._past) >= _MOST_CHOICES:
                 row.rejected = dict.fromkeys(row.rejected, "one of many reasons")
             _add(row, self._past)
-        self.choices.clear()
+        self.choices = {key: choice for key, choice in self.choices.items() if not ended(choice)}
         self._found.clear()
 
-    def _counted(self) -> Iterator[active.Row]:
+    def _counted(self, which: Callable[[Choice], bool]) -> Iterator[active.Row]:
         for key, choice in list(self.choices.items()):
-            if choice.calls:
+            if choice.calls and which(choice):
                 yield active.Row(
                     self.name,
                     key.phase,
@@ -302,9 +340,9 @@ class Operator:
     def rows(self) -> list[active.Row]:
         """What was chosen and ran; keys that differ in nothing a reader sees are one row."""
         shown: dict[tuple, active.Row] = {}
-        for row in self._counted():
+        for row in (*map(replace, list(self._past.values())), *self._counted(lambda _: True)):
             _add(row, shown)
-        return [*map(replace, list(self._past.values())), *shown.values()]
+        return list(shown.values())
 
     def _choose(self, inside: bool, x: Any, args: tuple, kwargs: dict) -> Choice:
         wanted = self._forced.value if inside else REFERENCE
@@ -318,23 +356,18 @@ class Operator:
                     else f"{flags.layers_flag(self.name)} leaves this layer out"
                 )
                 continue
-            reason = implementation.unavailable()
-            if reason is None and wanted == AUTO and device.arch() == device.CPU:
-                reason = "interpreted kernels run only when named"
-            elif reason is None and not x.is_cuda and device.arch() != device.CPU:
-                reason = "the tensors are not on the GPU"
-            elif (
-                reason is None
-                and implementation.requires
-                and (reason := implementation.requires(*args, **kwargs))
-            ):
-                fallback = True
+            reason, offered = self._against(implementation, wanted, x, args, kwargs)
             if reason is None:
-                return Choice(name, implementation.load(), rejected)
+                try:
+                    run = implementation.load()
+                    return Choice(name, run, rejected, any(n in self._given_up for n in rejected))
+                except (ImportError, AttributeError) as error:  # a package of another version
+                    reason = self._given_up[name] = f"it cannot be loaded: {error}"
             if wanted == name and not self._forced.yields:
                 raise SelectionError(
                     f"{self._asked()} cannot run this call of {self.name}: {reason}"
                 )
+            fallback |= offered
             rejected[name] = reason
         if fallback:
             self._say(
@@ -342,6 +375,22 @@ class Operator:
                 f"{self.name} runs its reference in {HERE.phase}: {rejected}",
             )
         return Choice(REFERENCE, self.reference, rejected, fallback)
+
+    def _against(
+        self, implementation: Implementation, wanted: str, x: Any, args: tuple, kwargs: dict
+    ) -> tuple[str | None, bool]:
+        """Why an implementation cannot take a call, or None; and whether this machine offers it all
+        the same."""
+        if implementation.name in self._given_up:
+            return self._given_up[implementation.name], True
+        reason = implementation.unavailable()
+        if reason is None and wanted == AUTO and device.arch() == device.CPU:
+            reason = "interpreted kernels run only when named"
+        elif reason is None and not x.is_cuda and device.arch() != device.CPU:
+            reason = "the tensors are not on the GPU"
+        if reason is not None or implementation.requires is None:
+            return reason, reason is None
+        return implementation.requires(*args, **kwargs), True
 
     def __repr__(self) -> str:
         return f"<operator {self.name}>"
@@ -352,6 +401,7 @@ def _kind(value: Any) -> Any:
 
 
 OPERATORS: dict[str, Operator] = {}
+flags.registered = lambda name: tuple(OPERATORS[name].implementations) if name in OPERATORS else ()
 
 
 def operator(reference: Callable[..., Any] | None = None, *, varying: tuple[int, ...] = ()) -> Any:

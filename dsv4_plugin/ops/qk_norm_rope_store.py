@@ -58,6 +58,7 @@ qk_norm_rope_store.add(
         "triton",
         "dsv4_plugin.kernels.triton.qk_norm_rope_store:qk_norm_rope_store",
         packages=("triton",),
+        fp8=True,
         requires=_needs_packed_bf16,
     )
 )

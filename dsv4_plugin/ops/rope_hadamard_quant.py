@@ -41,6 +41,7 @@ rope_hadamard_quant.add(
         "triton",
         "dsv4_plugin.kernels.triton.rope_hadamard_quant:rope_hadamard_quant",
         packages=("triton",),
+        fp8=True,
         requires=_needs_fp8_rounding,
     )
 )

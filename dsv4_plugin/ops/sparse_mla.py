@@ -3,12 +3,9 @@ the inverse RoPE of its output (docs/model.md §3.2, steps 5 and 6)."""
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from .. import device
 from ..cache.stores import PackedLatentCache, SlotStore
 from .operator import Implementation, operator
 from .rope import apply_rope
@@ -84,20 +81,6 @@ def _needs_packed_bf16(
     return None if q.dtype == torch.bfloat16 else f"q is {q.dtype}, not bfloat16"
 
 
-@functools.cache
-def _gluon_lacks() -> str | None:
-    """Why this Triton cannot compile the gfx950 kernel, or None."""
-    try:
-        from triton.experimental.gluon.language.amd import cdna4
-    except ImportError:
-        cdna4 = None
-    return (
-        None
-        if hasattr(cdna4, "scaled_upcast")
-        else f"Triton {device.package_version('triton')} has no Gluon for gfx950"
-    )
-
-
 def _needs_gluon(
     q: Tensor,
     window_cache: SlotStore,
@@ -116,7 +99,7 @@ def _needs_gluon(
     for cache in (window_cache, compressed_cache):
         if cache is not None and cache.slots_per_page & (cache.slots_per_page - 1):
             return f"pages of {cache.slots_per_page} slots, which is no power of two"
-    return _gluon_lacks() if window.shape[1] else "a window of no columns"
+    return None if window.shape[1] else "a window of no columns"
 
 
 sparse_mla.add(

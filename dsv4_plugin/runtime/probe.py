@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import flags
 from ..config import Geometry
@@ -73,18 +74,33 @@ def probe(model: DeepseekV4) -> Probe:
             return choice.run(*args, **kwargs)
         return _checked(operator, choice, args, kwargs, found)
 
-    with _plain_defaults(), selection.observed(check):
-        engine = Engine(model, max_tokens=len(ids) + DECODED, max_requests=1)
-        sequence = engine.open()
-        for tokens in (ids, *[[token] for token in ids[:DECODED]]):
-            streams = engine.forward([(sequence, tokens)])
-            if not engine.logits(streams[-1:]).isfinite().all():
+    with selection.observed(check):
+        for logits, length in _run(model, ids):
+            if not logits.isfinite().all():
                 raise ProbeError(
-                    f"the logits of a fixed prompt are not finite after {sequence.length} tokens;"
+                    f"the logits of a fixed prompt are not finite after {length} tokens;"
                     " find the layer with DSV4_PROFILE=safe and DSV4_LAYERS_<OPERATOR>, and check"
                     " the checkpoint"
                 )
     return found
+
+
+def run_once(model: DeepseekV4) -> None:
+    """Runs the probe's prompt and decode steps and compares nothing: kernels are compiled. Nothing
+    is counted. Raises SelectionError when an implementation that was asked for by name cannot."""
+    with selection.observed(lambda _, choice, *args, **kwargs: choice.run(*args, **kwargs)):
+        for _ in _run(model, prompt(model.geometry)):
+            pass
+
+
+def _run(model: DeepseekV4, ids: list[int]) -> Iterator[tuple[Tensor, int]]:
+    """Logits after the prompt `ids` and after each of some decode steps, with the tokens so far."""
+    with _plain_defaults():
+        engine = Engine(model, max_tokens=len(ids) + DECODED, max_requests=1)
+        sequence = engine.open()
+        for tokens in (ids, *[[token] for token in ids[:DECODED]]):
+            streams = engine.forward([(sequence, tokens)])
+            yield engine.logits(streams[-1:]), sequence.length
 
 
 def _checked(operator: Operator, choice: Choice, args: tuple, kwargs: dict, found: Probe) -> Any:

@@ -148,3 +148,29 @@ def test_a_torch_that_does_not_fit_an_amd_machine_is_wrong(monkeypatch):
     checks = by_name(doctor._torch())
     assert checks["torch"].status == WRONG and "--no-deps" in checks["torch"].advice
     assert checks["device"].status == WRONG
+
+
+@pytest.mark.parametrize(
+    ("arch", "said"),
+    [
+        (
+            "sm_80",
+            {
+                "sm_80 has no FP8 e4m3": (WARNING, "indexer_logits (reference, not triton)"),
+                "sm_80 is not one of gfx950": (OK, "sparse_mla (triton, not gluon)"),
+            },
+        ),
+        ("sm_90", {"sm_90 is not one of gfx950": (OK, "sparse_mla (triton, not gluon)")}),
+    ],
+)
+def test_what_this_gpu_lacks_is_said_with_what_runs_instead(monkeypatch, arch, said):
+    monkeypatch.setattr(doctor.device, "arch", lambda: arch)
+    checks = [check for check in doctor._implementations()]
+    for start, (status, words) in said.items():
+        [check] = [check for check in checks if check.found.startswith(start)]
+        assert check.status == status and words in check.found
+        assert bool(check.advice) == (status == WARNING)
+
+
+def test_on_a_cpu_no_implementation_is_missed():
+    assert list(doctor._implementations()) == []

@@ -61,6 +61,11 @@ def test_the_calls_of_one_request_are_counted(server, tiny_dir):
     # The first token comes from the prefill; the host may have launched one more step when the
     # request ends.
     assert decoded in (layers * (NEW_TOKENS - 1), layers * NEW_TOKENS)
+    greedy = [
+        calls(after, "sample_greedy", phase) - calls(before, "sample_greedy", phase)
+        for phase in ("prefill", "decode")
+    ]
+    assert greedy == [1, decoded // layers], "every step's tokens come from the operator"
     assert all(row["calls"] > 0 for row in after["rows"]), "what only the probe ran is not reported"
     assert {row["layer_kind"] for row in after["rows"] if row["operator"] == "sparse_mla"} == {
         "window",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import dsv4_plugin.ops  # noqa: F401  registers the operators, and with them the values of their flags
 from dsv4_plugin import flags
 from dsv4_plugin.flags import FlagError, check, implementation, layers, setting
 from dsv4_plugin.flags_document import markdown
@@ -24,7 +25,6 @@ def test_nothing_set_is_auto_everywhere():
 
 
 def test_every_operator_of_the_table_exists_and_the_other_way_round():
-    import dsv4_plugin.ops  # noqa: F401  registers the operators
     from dsv4_plugin.ops.operator import OPERATORS
 
     assert set(flags.OPERATORS) == set(OPERATORS)
@@ -41,7 +41,8 @@ def test_every_operator_of_the_table_exists_and_the_other_way_round():
             "did you mean DSV4_SPARSE_MLA?",
         ),
         ({"DSV4_PROFLIE": "safe"}, "DSV4_PROFLIE='safe'", "did you mean DSV4_PROFILE?"),
-        ({"DSV4_MOE": "cutlass"}, "DSV4_MOE='cutlass'", "flydsl"),
+        ({"DSV4_MOE": "cutlass"}, "DSV4_MOE='cutlass'", "takes auto or reference"),
+        ({"DSV4_SPARSE_MLA": "tilelang"}, "DSV4_SPARSE_MLA='tilelang'", "gluon or triton"),
         ({"DSV4_PROFILE": "2026-05-03"}, "DSV4_PROFILE='2026-05-03'", "2026-05-04"),
         ({"DSV4_LAYERS_MOE": "0-"}, "DSV4_LAYERS_MOE='0-'", "as 0-3,7"),
         ({"DSV4_LAYERS_MOE": "7-3"}, "7-3", "backwards"),
@@ -57,13 +58,13 @@ def test_every_operator_of_the_table_exists_and_the_other_way_round():
         ),
         ({"SGLANG_HACK_FLASHMLA_BACKEND": "unified_kv_triton"}, "unified_kv_triton", "unset it"),
         (
-            {"DSV4_SPARSE_MLA": "triton", "SGLANG_HACK_FLASHMLA_BACKEND": "tilelang"},
-            "DSV4_SPARSE_MLA=triton and SGLANG_HACK_FLASHMLA_BACKEND=tilelang contradict",
+            {"DSV4_SPARSE_MLA": "triton", "SGLANG_HACK_FLASHMLA_BACKEND": "torch"},
+            "DSV4_SPARSE_MLA=triton and SGLANG_HACK_FLASHMLA_BACKEND=torch contradict",
             "unset one",
         ),
         (
-            {"SGLANG_OPT_USE_AITER_INDEXER": "1", "SGLANG_OPT_USE_TILELANG_INDEXER": "true"},
-            "SGLANG_OPT_USE_TILELANG_INDEXER=true",
+            {"SGLANG_OPT_USE_FUSED_COMPRESS": "1", "DSV4_COMPRESS": "reference"},
+            "SGLANG_OPT_USE_FUSED_COMPRESS=1",
             "unset one",
         ),
         ({"DSV4_ADOPTED": "yes"}, "DSV4_ADOPTED='yes'", "unset it"),
@@ -80,19 +81,45 @@ def test_what_is_wrong_is_named_with_the_way_out(environ, named, way_out):
     assert named in str(error.value) and way_out in str(error.value)
 
 
+@pytest.mark.parametrize("operator", flags.OPERATORS)
+def test_a_flag_takes_what_its_operator_has_and_nothing_else(operator):
+    from dsv4_plugin.ops.operator import OPERATORS
+
+    name, has = flags.operator_flag(operator), OPERATORS[operator].implementations
+    for value in flags.IMPLEMENTATIONS:
+        if value in ("auto", "reference") or value in has:
+            assert implementation(operator, {name: value}).value == value
+        else:
+            with pytest.raises(FlagError, match=f"{name}='{value}' is not a value of this flag"):
+                check({name: value})
+
+
+def test_without_the_operators_any_name_of_an_implementation_is_taken(monkeypatch):
+    monkeypatch.setattr(flags, "registered", None)
+    check({"DSV4_MOE": "aiter"})
+    with pytest.raises(FlagError, match="DSV4_MOE='cutlass'.*flydsl"):
+        check({"DSV4_MOE": "cutlass"})
+
+
 def test_own_variable_then_foreign_then_profile_then_default():
-    environ = {"DSV4_PROFILE": "2026-05-04"}
+    environ = {"DSV4_PROFILE": "safe"}
     assert implementation("sparse_mla", environ) == flags.Setting(
-        "tilelang", "DSV4_PROFILE=2026-05-04", yields=True
+        "reference", "DSV4_PROFILE=safe", yields=True
     )
     environ["SGLANG_HACK_FLASHMLA_BACKEND"] = "triton"
     assert implementation("sparse_mla", environ) == flags.Setting(
         "triton", "SGLANG_HACK_FLASHMLA_BACKEND=triton"
     )
     del environ["SGLANG_HACK_FLASHMLA_BACKEND"]
-    environ["DSV4_SPARSE_MLA"] = "aiter"
-    assert implementation("sparse_mla", environ) == flags.Setting("aiter", "DSV4_SPARSE_MLA=aiter")
+    environ["DSV4_SPARSE_MLA"] = "gluon"
+    assert implementation("sparse_mla", environ) == flags.Setting("gluon", "DSV4_SPARSE_MLA=gluon")
     check(environ)
+
+
+@pytest.fixture
+def with_every_implementation(monkeypatch):
+    """As if every operator had every implementation that a foreign variable may ask for."""
+    monkeypatch.setattr(flags, "registered", None)
 
 
 def test_safe_is_all_references():
@@ -104,7 +131,8 @@ def test_safe_is_all_references():
 def test_milestones_name_known_implementations_of_every_operator(date):
     chosen = flags.profiles()[date]["operators"]
     assert set(chosen) == set(flags.OPERATORS)
-    assert set(chosen.values()) <= set(flags.IMPLEMENTATIONS) - {"auto"}
+    for operator, wanted in chosen.items():
+        assert flags._BY_NAME[flags.operator_flag(operator)].takes(wanted), operator
     check({"DSV4_PROFILE": date})
 
 
@@ -171,7 +199,17 @@ def test_a_recipe_asks_for_what_its_milestone_names(date):
         ), operator
 
 
-def test_a_variable_that_is_off_asks_for_nothing_once_another_is_on():
+def test_what_a_variable_of_others_asks_for_in_vain_is_said():
+    environ = {"SGLANG_HACK_FLASHMLA_BACKEND": "tilelang", "DSV4_SPARSE_MLA": "triton"}
+    check(environ)
+    assert implementation("sparse_mla", environ).value == "triton"
+    assert flags.notes(environ) == [
+        "SGLANG_HACK_FLASHMLA_BACKEND=tilelang has no effect: sparse_mla has no implementation"
+        " tilelang"
+    ]
+
+
+def test_a_variable_that_is_off_asks_for_nothing_once_another_is_on(with_every_implementation):
     environ = {"SGLANG_OPT_USE_AITER_MHC_PRE": "0"}
     assert implementation("mhc_pre", environ).value == "reference"
     environ["SGLANG_OPT_USE_TILELANG_MHC_PRE"] = "1"
@@ -183,7 +221,9 @@ def test_layers():
     assert layers("moe", {}) is None
 
 
-def test_foreign_variables_are_logged_once_and_kept_from_the_host(caplog):
+def test_foreign_variables_are_logged_once_and_kept_from_the_host(
+    caplog, with_every_implementation
+):
     environ = {"SGLANG_OPT_USE_AITER_INDEXER": "1", "SGLANG_ENABLE_THINKING": "1"}
     with caplog.at_level(logging.WARNING):
         flags.adopt(environ)
@@ -232,7 +272,12 @@ def test_command_prints_values_and_sources(monkeypatch, capsys):
         "reference",
         "DSV4_PROFILE=safe",
     )
+    assert rows["DSV4_SPARSE_MLA"]["values"] == ["auto", "reference", "gluon", "triton"]
     assert len(rows) == len(flags.FLAGS) and "prefix cache" in printed["notes"][0]
+    monkeypatch.setenv("DSV4_SPARSE_MLA", "aiter")
+    assert main(["flags"]) == 2
+    assert "takes auto or reference or gluon or triton" in capsys.readouterr().err
+    monkeypatch.delenv("DSV4_SPARSE_MLA")
     monkeypatch.setenv("DSV4_PROFIL", "safe")
     assert main(["flags"]) == 2
     assert "did you mean DSV4_PROFILE?" in capsys.readouterr().err

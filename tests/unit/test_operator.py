@@ -150,7 +150,6 @@ def test_layers_leave_the_others_to_the_reference(moe, on_gpu, place, monkeypatc
     ("environ", "named"),
     [
         ({"DSV4_MOE": "triton"}, ["DSV4_MOE=triton cannot run here", "there is no GPU"]),
-        ({"DSV4_MOE": "aiter"}, ["DSV4_MOE=aiter", "no such implementation", "reference, triton"]),
         (
             {"SGLANG_FORCE_TRITON_MOE_FP8": "1"},
             ["DSV4_MOE=triton (from SGLANG_FORCE_TRITON_MOE_FP8=1)", "there is no GPU"],
@@ -166,12 +165,20 @@ def test_what_is_forced_and_cannot_run_stops_the_start(moe, monkeypatch, environ
         assert part in str(error.value)
 
 
+def test_what_is_not_there_is_no_value(moe, monkeypatch):
+    monkeypatch.setenv("DSV4_MOE", "aiter")
+    with pytest.raises(flags.FlagError, match="DSV4_MOE='aiter'.*auto or reference or triton"):
+        selection.configure()
+
+
 def test_a_profile_yields_with_a_word_where_it_cannot_be_followed(moe, on_gpu, monkeypatch, caplog):
+    monkeypatch.setitem(flags.profiles()["2026-05-02"]["operators"], "moe", "absent")
+    moe.add(Implementation("absent", "m:f", packages=("no_such_package",)))
     monkeypatch.setenv("DSV4_PROFILE", "2026-05-02")
     moe.configure()
     assert caplog.messages == [
-        "dsv4_plugin: DSV4_MOE=aiter (from DSV4_PROFILE=2026-05-02): moe has no such "
-        "implementation; it has reference, triton; auto decides"
+        "dsv4_plugin: DSV4_MOE=absent (from DSV4_PROFILE=2026-05-02): package no_such_package is"
+        " not installed; auto decides"
     ]
     assert moe(rows(2), torch.ones(1)).sum() == 8
     monkeypatch.setenv("DSV4_PROFILE", "safe")
@@ -195,6 +202,130 @@ def test_missing_package_and_foreign_arch_are_reasons(monkeypatch):
     assert absent.unavailable() == "package no_such_package is not installed"
     other = Implementation("triton", "m:f", archs=("gfx950", "sm_"))
     assert other.unavailable() == "gfx942 is not one of gfx950, sm_"
+
+
+class CompilationError(Exception):
+    """Named, and placed, as Triton's."""
+
+    __module__ = "triton.compiler.errors"
+
+
+def breaking(error):
+    def run(x, w=None, rounding: str = "none"):
+        raise error
+
+    return run
+
+
+@pytest.fixture
+def gluon(moe, monkeypatch):
+    """A function that puts an implementation `gluon` before the others of `moe`, which raises."""
+
+    def put(error):
+        module = types.ModuleType("broken")
+        module.run = breaking(error)
+        monkeypatch.setitem(sys.modules, "broken", module)
+        others, moe.implementations = moe.implementations, {}
+        moe.add(Implementation("gluon", "broken:run"))
+        moe.implementations.update(others)
+        moe.configure()
+
+    return put
+
+
+def test_what_does_not_compile_is_given_up_once_logged_and_counted(moe, gluon, on_gpu, caplog):
+    gluon(CompilationError("at 3:4:\n    y = x.to(float8)\n        ^\nno such type here"))
+    w = torch.ones(1)
+    for count in (2, 3, 2, 1):
+        assert moe(rows(count), w).sum() == 4 * count
+    assert moe(rows(4), w).sum() == 8
+    reason = "it does not compile for gfx950: no such type here"
+    assert caplog.messages[0] == f"dsv4_plugin: moe goes on without gluon: {reason}"
+    assert len(caplog.messages) == 2 and "moe runs its reference" in caplog.messages[1]
+    assert {
+        (row.rows, row.implementation, row.calls, row.fallback, row.rejected["gluon"])
+        for row in moe.rows()
+    } == {
+        ("2-3", "triton", 3, True, reason),
+        ("1", "triton", 1, True, reason),
+        ("4-7", "reference", 1, True, reason),
+    }
+    moe.configure()
+    assert not moe._given_up, "a fresh configuration tries again"
+
+
+def test_one_that_stops_compiling_keeps_what_it_served_in_the_report(
+    moe, gluon, on_gpu, monkeypatch
+):
+    """The first shapes run; a later variant does not compile."""
+    gluon(None)
+    works, fails = (lambda x, *rest: x * 3), breaking(CompilationError("too large"))
+    monkeypatch.setattr(
+        sys.modules["broken"],
+        "run",
+        lambda x, *rest: (works if x.shape[0] < 3 else fails)(x, *rest),
+    )
+    w = torch.ones(1)
+    assert [moe(rows(count), w).sum().item() for count in (1, 2, 3, 2, 1)] == [6, 12, 12, 8, 4]
+    assert {(row.rows, row.implementation): row.calls for row in moe.rows()} == {
+        ("1", "gluon"): 1,
+        ("2-3", "gluon"): 1,
+        ("2-3", "triton"): 2,
+        ("1", "triton"): 1,
+    }
+
+
+def test_what_is_named_and_does_not_compile_is_an_error(moe, gluon, on_gpu, monkeypatch):
+    monkeypatch.setenv("DSV4_MOE", "gluon")
+    gluon(CompilationError("no such type here"))
+    assert moe.named
+    with pytest.raises(SelectionError, match="DSV4_MOE=gluon cannot run moe: .*no such type here"):
+        moe(rows(2), torch.ones(1))
+
+
+def test_other_errors_are_nobodys_fall_back(moe, gluon, on_gpu):
+    gluon(RuntimeError("an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        moe(rows(2), torch.ones(1))
+
+
+def test_what_cannot_be_loaded_is_given_up_or_refused_at_start(moe, on_gpu, monkeypatch, caplog):
+    """As a kernel for another Triton, whose module has other names."""
+    moe.implementations = {
+        "gluon": Implementation("gluon", "doubling:no_such_name"),
+        **moe.implementations,
+    }
+    moe.configure()
+    assert moe(rows(2), torch.ones(1)).sum() == 8
+    [row] = moe.rows()
+    assert row.fallback and "cannot be loaded" in row.rejected["gluon"]
+    monkeypatch.setenv("DSV4_MOE", "gluon")
+    with pytest.raises(SelectionError, match="DSV4_MOE=gluon cannot run here: it cannot be loaded"):
+        moe.configure()
+
+
+@pytest.mark.parametrize(
+    ("arch", "reason"),
+    [
+        ("sm_80", "sm_80 has no FP8 e4m3; sm_89 and later have"),
+        ("sm_86", "sm_86 has no FP8 e4m3; sm_89 and later have"),
+        ("sm_89", None),
+        ("sm_100", None),
+        ("gfx942", None),
+        ("gfx1100", None),
+    ],
+)
+def test_kernels_with_fp8_say_which_gpu_lacks_it(monkeypatch, arch, reason):
+    monkeypatch.setattr(device, "arch", lambda: arch)
+    kernels = {
+        name: operator.implementations["triton"].unavailable()
+        for name, operator in selection.OPERATORS.items()
+        if "triton" in operator.implementations
+    }
+    for name in ("compress", "indexer_logits", "qk_norm_rope_store", "rope_hadamard_quant"):
+        assert kernels[name] == reason, name
+    for name in ("build_step_plan", "sparse_mla", "topk_select"):
+        assert kernels[name] is None, name
 
 
 def test_observers_run_every_call_and_leave_no_trace(moe, on_gpu):

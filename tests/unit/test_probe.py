@@ -13,7 +13,7 @@ from dsv4_plugin.checkpoint.load import load_checkpoint
 from dsv4_plugin.config import Geometry, Precision
 from dsv4_plugin.model import DeepseekV4
 from dsv4_plugin.ops import operator as selection
-from dsv4_plugin.ops.operator import HERE, OPERATORS, Implementation
+from dsv4_plugin.ops.operator import HERE, OPERATORS, Implementation, Operator
 from dsv4_plugin.runtime.probe import ProbeError, probe, prompt, sampled_layers
 
 
@@ -149,3 +149,55 @@ def test_the_probe_leaves_no_counts(model):
     selection.forget()
     probe(model)
     assert sum(row.calls for row in selection.report_rows()) == 0
+
+
+class TestWhatIsNamed:
+    """`host/probe.py`: what was asked for by name runs before the server can be ready."""
+
+    @pytest.fixture
+    def on_gpu(self, monkeypatch):
+        from dsv4_plugin import device
+
+        monkeypatch.setattr(device, "arch", lambda: "gfx950")
+
+    def run(self, monkeypatch, operator, run):
+        from dsv4_plugin.host.probe import run_what_is_named
+
+        use(monkeypatch, operator, run)
+        monkeypatch.setattr(
+            Operator, "_against", lambda _, implementation, *rest: (implementation.unavailable(), 1)
+        )
+        return run_what_is_named
+
+    def test_it_runs_in_both_phases_and_counts_nothing(self, model, monkeypatch, on_gpu):
+        phases = set()
+
+        def select(*args):
+            phases.add(HERE.phase)
+            return OPERATORS["topk_select"].reference(*args)
+
+        self.run(monkeypatch, "topk_select", select)(model)
+        assert phases == {"prefill", "decode"}
+        assert not selection.report_rows()
+
+    def test_one_that_does_not_compile_ends_the_start_with_one_line(
+        self, model, monkeypatch, on_gpu, capsys
+    ):
+        def fails(*args):
+            raise type("CompilationError", (Exception,), {"__module__": "triton.x"})("no fp8 here")
+
+        start = self.run(monkeypatch, "topk_select", fails)
+        with pytest.raises(SystemExit) as ended:
+            start(model)
+        [line] = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2
+        assert line.startswith("dsv4: error: DSV4_TOPK_SELECT=triton cannot run topk_select")
+        assert "no fp8 here" in line
+
+    def test_without_a_name_or_a_gpu_nothing_runs(self, monkeypatch):
+        from dsv4_plugin.host.probe import run_what_is_named
+
+        selection.configure()
+        run_what_is_named(None)
+        monkeypatch.setattr("dsv4_plugin.device.arch", lambda: "gfx950")
+        run_what_is_named(None)
