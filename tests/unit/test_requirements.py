@@ -1,0 +1,191 @@
+"""What a kernel cannot take is refused with its reason, on a pretended GPU: every requirement
+function by its reasons, and the whole model in every precision under `auto`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsv4_plugin import device
+from dsv4_plugin.cache import PackedLatentCache, latent_page_bytes
+from dsv4_plugin.cache.stores import DenseLatentCache, PackedIndexCache
+from dsv4_plugin.checkpoint.load import load_checkpoint
+from dsv4_plugin.config import Geometry, Precision
+from dsv4_plugin.model import DeepseekV4
+from dsv4_plugin.ops import operator as selection
+from dsv4_plugin.ops.operator import OPERATORS, Implementation
+from dsv4_plugin.runtime.cases import cases, sizes
+from dsv4_plugin.runtime.engine import Engine
+
+SERVING_KERNELS = {
+    "compress": "not a Packed",
+    "indexer_logits": "not packed",
+    "qk_norm_rope_store": "not packed",
+    "rope_hadamard_quant": "not fp8",
+    "route": "not bfloat16",
+    "sparse_mla": "not packed",
+}
+"""Kernels for the data of serving, and why they do not take that of the other precisions."""
+ANY_PRECISION = {"build_step_plan", "topk_select"}
+"""Kernels that take every precision's data."""
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As on a gfx950 GPU, whose kernels are the references under another name."""
+    monkeypatch.setattr(device, "arch", lambda: "gfx950")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True), raising=False)
+
+    def load(implementation):
+        [owner] = [
+            each for each in OPERATORS.values() if implementation in each.implementations.values()
+        ]
+        return owner.reference
+
+    monkeypatch.setattr(Implementation, "load", load)
+    selection.configure()
+    yield
+    monkeypatch.undo()
+    selection.configure()
+
+
+def ran(tiny_dir, precision: Precision) -> dict[str, tuple[set[str], str]]:
+    """(implementations, all reasons) by operator, after a prefill and a decode step."""
+    model = DeepseekV4(Geometry.from_dir(tiny_dir), precision, parts="backbone")
+    load_checkpoint(model, tiny_dir)
+    selection.forget()
+    engine = Engine(model, max_tokens=1024, max_requests=1)
+    engine.generate([list(range(300))], 2)
+    found: dict[str, tuple[set[str], str]] = {}
+    for row in selection.report_rows():
+        names, reasons = found.get(row.operator, (set(), ""))
+        found[row.operator] = names | {row.implementation}, reasons + str(row.rejected)
+    return found
+
+
+@pytest.mark.parametrize("precision", [Precision.EXACT, Precision.OFFICIAL])
+def test_auto_on_a_gpu_leaves_precise_data_to_the_references(gpu, tiny_dir, precision):
+    found = ran(tiny_dir, precision)
+    for operator, reason in SERVING_KERNELS.items():
+        names, reasons = found[operator]
+        assert names == {"reference"} and reason in reasons, operator
+    for operator in ANY_PRECISION:
+        assert found[operator][0] == {"triton"}
+
+
+def test_auto_on_a_gpu_serves_with_kernels(gpu, tiny_dir):
+    found = ran(tiny_dir, Precision.SERVING)
+    for operator in SERVING_KERNELS.keys() | ANY_PRECISION:
+        first = next(iter(OPERATORS[operator].implementations))
+        assert found[operator] == ({first}, "{}" * found[operator][1].count("{}")), operator
+
+
+def latent_cache(slots_per_page: int) -> PackedLatentCache:
+    return PackedLatentCache(
+        torch.zeros(2, latent_page_bytes(slots_per_page), dtype=torch.uint8), slots_per_page
+    )
+
+
+DENSE = DenseLatentCache(4, rounded=False)
+WRONG = [
+    (
+        "compress",
+        "triton",
+        {"cache": DENSE},
+        "the cache is a DenseLatentCache, not a PackedLatentCache",
+    ),
+    (
+        "compress",
+        "triton",
+        {"cache": PackedIndexCache(torch.zeros(1, 64 * 132, dtype=torch.uint8))},
+        "the cache is a PackedIndexCache, not a PackedLatentCache",
+    ),
+    ("compress", "triton", {"rotate": True}, "not a PackedIndexCache"),
+    ("compress", "triton", {"dtype": torch.float32}, "activations are torch.float32"),
+    (
+        "indexer_logits",
+        "triton",
+        {"cache": DENSE},
+        "the index cache is a DenseLatentCache, not packed",
+    ),
+    ("indexer_logits", "triton", {"q": torch.float32}, "q is torch.float32, not float8_e4m3fn"),
+    ("indexer_logits", "triton", {"q": torch.bfloat16}, "q is torch.bfloat16, not float8_e4m3fn"),
+    ("qk_norm_rope_store", "triton", {"cache": DENSE}, "the window cache is a DenseLatentCache"),
+    ("qk_norm_rope_store", "triton", {"q": torch.float32}, "q is torch.float32 and kv"),
+    ("qk_norm_rope_store", "triton", {"kv": torch.float32}, "kv torch.float32, not bfloat16"),
+    ("rope_hadamard_quant", "triton", {"rounding": "fp4"}, "rounding is fp4, not fp8"),
+    ("rope_hadamard_quant", "triton", {"rounding": "none"}, "rounding is none, not fp8"),
+    ("rope_hadamard_quant", "triton", {"q": torch.float32}, "q is torch.float32, not bfloat16"),
+    ("route", "triton", {"x": torch.float32}, "x is torch.float32, not bfloat16"),
+    (
+        "route",
+        "triton",
+        {"x": torch.zeros(2, 200, dtype=torch.bfloat16)},
+        "hidden size 200 is not a multiple of 128",
+    ),
+    ("sparse_mla", "triton", {"window_cache": DENSE}, "the window cache is a DenseLatentCache"),
+    (
+        "sparse_mla",
+        "triton",
+        {"compressed_cache": DENSE},
+        "the compressed cache is a DenseLatentCache",
+    ),
+    ("sparse_mla", "triton", {"q": torch.float32}, "q is torch.float32, not bfloat16"),
+    ("sparse_mla", "gluon", {"window_cache": DENSE}, "the window cache is a DenseLatentCache"),
+    (
+        "sparse_mla",
+        "gluon",
+        {"compressed_cache": DENSE},
+        "the compressed cache is a DenseLatentCache",
+    ),
+    ("sparse_mla", "gluon", {"q": torch.float32}, "q is torch.float32, not bfloat16"),
+    ("sparse_mla", "gluon", {"window_cache": latent_cache(96)}, "pages of 96 slots, which is no"),
+    ("sparse_mla", "gluon", {"compressed_cache": latent_cache(3)}, "pages of 3 slots, which is no"),
+    (
+        "sparse_mla",
+        "gluon",
+        {"window": torch.zeros(2, 0, dtype=torch.int64)},
+        "a window of no columns",
+    ),
+]
+
+
+def arguments_of(operator: str) -> dict:
+    """What a decode step gives it, in an order that is that of its parameters."""
+    from dsv4_plugin.runtime.compare import bound
+
+    size = sizes("pro", torch.device("cpu"), quick=True)[1]
+    calls = cases(operator, size, torch.device("cpu"), seed=1)
+    every = [bound(OPERATORS[operator], case.arguments(), {}) for case in calls]
+    return next(
+        each
+        for each in every
+        if each.get("rotate") is not True and each.get("compressed_cache", DENSE) is not None
+    )
+
+
+@pytest.mark.parametrize(
+    ("operator", "name", "change", "reason"),
+    WRONG,
+    ids=[f"{operator}-{name}-{reason[:30]}" for operator, name, _, reason in WRONG],
+)
+def test_every_reason_of_every_requirement(operator, name, change, reason):
+    requires = OPERATORS[operator].implementations[name].requires
+    right = arguments_of(operator)
+    assert requires(*right.values()) is None
+    for argument, value in change.items():
+        known = right[argument]
+        retyped = isinstance(value, torch.dtype) and isinstance(known, torch.Tensor)
+        right[argument] = known.to(value) if retyped else value
+    assert reason in requires(*right.values())
+
+
+def test_no_requirement_is_left_out():
+    """A kernel with a requirement function has its reasons in WRONG."""
+    asked = {
+        (operator, name)
+        for operator, each in OPERATORS.items()
+        for name, implementation in each.implementations.items()
+        if implementation.requires is not None
+    }
+    assert asked == {(operator, name) for operator, name, *_ in WRONG}
