@@ -310,6 +310,7 @@ def launch(
             groups = every[first : first + batch]
             lanes = len(groups) * waves * LANES
             shared = Shared(
+                kernel=kernel,
                 memory=memory,
                 lds=random.integers(0, 256, stride * len(groups), U8),
                 lds_size=kernel.lds + lds,

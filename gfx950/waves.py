@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from .code_object import Kernel
 from .program import EXEC, Instruction
 
 U8, U16, U32, U64, I64, F32 = np.uint8, np.uint16, np.uint32, np.uint64, np.int64, np.float32
@@ -112,6 +113,7 @@ class Watch:
 class Shared:
     """What all waves of a launch share. LDS and scratch are bytes of all that run at a time."""
 
+    kernel: Kernel
     memory: Memory
     lds: np.ndarray
     lds_size: int

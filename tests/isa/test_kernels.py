@@ -8,10 +8,14 @@ import executions
 import pytest
 from executions import Case, Execution
 
+from gfx950.hazards import check_waits
 from gfx950.machine import Options
+from gfx950.races import Alignment, GlobalRaces, LocalRaces, Trace
+from gfx950.triton_driver import program
+from gfx950.wait_states import check_wait_states
 
 CASES = executions.all_cases()
-LOCKSTEP = Options()
+LOCKSTEP = Options(watches=(LocalRaces, GlobalRaces, Alignment))
 ALONE = Options(seed=1, together=False, late=True)
 """Each wave on its own from barrier to barrier, in random order; loads arrive when waited for."""
 
@@ -30,6 +34,34 @@ def test_equals_the_reference(case: Case, options: Options):
         pytest.skip(found)
     assert found.launches, "the wrapper launched nothing"
     assert found.passed, f"{found.error:.2e} off, {found.limit:.0e} is allowed"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_has_no_hazards(case: Case):
+    """On no path is a register used before its load arrived or too soon after a write; waves meet
+    nowhere in LDS or global memory without something that orders them."""
+    found = _execution(case, LOCKSTEP)
+    if isinstance(found, str):
+        pytest.skip(found)
+    findings = list(found.findings)
+    for each in found.launches:
+        ran = program(each.hsaco, each.kernel)
+        findings += check_waits(ran) + check_wait_states(ran)
+    assert not findings, "\n".join(map(str, dict.fromkeys(findings)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_uses_no_bits_that_nobody_set(case: Case):
+    """Registers, LDS and the ground between buffers start with other bits: every address, stored
+    value and branch stays the same."""
+    traces = [Trace(), Trace()]
+    for seed, trace in enumerate(traces):
+        found = executions.execute(case, Options(seed=seed, watches=(lambda t=trace: t,)))
+        if isinstance(found, str):
+            pytest.skip(found)
+    assert traces[0].events
+    findings = traces[0].difference(traces[1])
+    assert not findings, str(findings[0])
 
 
 @pytest.mark.parametrize(

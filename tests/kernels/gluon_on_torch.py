@@ -186,7 +186,7 @@ class Language:
     def inline_asm_elementwise(
         self, text: str, constraints: str, args: list, dtype: Any, is_pure: bool, pack: int
     ) -> int:
-        assert text == "v_readfirstlane_b32 $0, $1", (
+        assert text == "s_nop 0\nv_readfirstlane_b32 $0, $1", (
             "only the move of a uniform value to a scalar register is known"
         )
         return int(args[0].data)

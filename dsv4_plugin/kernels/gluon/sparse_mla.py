@@ -57,9 +57,15 @@ _TILES = (_Tile(16, 64, True, 8, 4), _Tile(32, 64, True, 8, 2), _Tile(64, 32, Fa
 
 @gluon.jit
 def _uniform(x):
-    """`x`, which is the same in all lanes, as a scalar."""
+    """`x`, which is the same in all lanes, as a scalar. LLVM leaves no wait states within assembly,
+    and this instruction needs one after a vector instruction that wrote its source."""
     return gl.inline_asm_elementwise(
-        "v_readfirstlane_b32 $0, $1", "=s,v", [x], dtype=gl.int32, is_pure=True, pack=1
+        "s_nop 0\nv_readfirstlane_b32 $0, $1",
+        "=s,v",
+        [x],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
     )
 
 
