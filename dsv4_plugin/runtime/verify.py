@@ -17,11 +17,13 @@ from ..checkpoint.load import load_checkpoint
 from ..checkpoint.tiny import tiny_config, write_tiny
 from ..config import Geometry, Precision
 from ..device import arch
+from ..flags import REFERENCE
 from ..model import DeepseekV4
 from ..ops import operator as selection
 from ..ops.operator import OPERATORS, Implementation, Operator
 from .cases import MODELS, Case, cases, sizes
 from .compare import Tolerance, bound, error, errors, outcome, tolerance
+from .elsewhere import Elsewhere
 from .engine import Engine
 
 
@@ -56,7 +58,10 @@ class Skipped:
 def verify_operators(
     names: list[str], device: torch.device, quick: bool, seed: int
 ) -> Iterator[Result | Skipped]:
-    """Checks every implementation of the operators `names` with fresh data of `seed`."""
+    """Checks every implementation of the operators `names` with fresh data of `seed`, and on a GPU
+    every reference, which may serve there too."""
+    if device.type != "cpu":
+        yield from verify_references(names, device, seed)
     for name in names:
         for implementation in OPERATORS[name].implementations.values():
             reason = implementation.unavailable()
@@ -64,6 +69,29 @@ def verify_operators(
                 yield Skipped(name, implementation.name, reason)
                 continue
             yield from _verify_implementation(OPERATORS[name], implementation, device, quick, seed)
+
+
+def verify_references(names: list[str], device: torch.device, seed: int) -> Iterator[Result]:
+    """Checks every reference of the operators `names` on `device` against itself on the CPU, with
+    the same data, at sizes that a CPU can do."""
+    cpu = torch.device("cpu")
+    for name in names:
+        operator = OPERATORS[name]
+        for size in sizes(MODELS[0], cpu, quick=True):
+            for case in cases(name, size, device, seed):
+                there = case.arguments()
+                here = Elsewhere(cpu)(there)
+                allowed, label = tolerance(name, there[0].dtype), f"{case.label}, beside the CPU's"
+                try:
+                    got, want = (
+                        outcome(operator, operator.reference(*each), bound(operator, each, {}))
+                        for each in (there, here)
+                    )
+                    found = {part: error(got[part].cpu(), want[part]) for part in want}
+                    worst, wrong = max(found.values(), default=0.0), ""
+                except Exception as failure:  # as for kernels: the other checks still have to run
+                    worst, wrong = float("inf"), f"{type(failure).__name__}: {failure}"
+                yield Result(name, REFERENCE, label, worst, allowed, note=wrong)
 
 
 def _verify_implementation(

@@ -14,7 +14,7 @@ import dsv4_plugin.ops  # noqa: F401  registers the operators
 from dsv4_plugin import flags
 from dsv4_plugin.cli import main
 from dsv4_plugin.ops.operator import OPERATORS, Implementation
-from dsv4_plugin.runtime import cases, compare
+from dsv4_plugin.runtime import cases, compare, verify
 
 CPU = torch.device("cpu")
 DECODE, PREFILL = 1, 2
@@ -183,3 +183,31 @@ def test_the_whole_model_is_checked():
     results = list(verify_model(CPU, seed=3))
     assert len(results) == 3 and all(result.passed for result in results)
     assert all(result.error < result.tolerance.limit for result in results[:1])
+
+
+def test_references_are_held_against_the_cpus(monkeypatch):
+    """As on a GPU, whose part another copy of the CPU plays."""
+    found = list(verify.verify_references(list(flags.OPERATORS), CPU, seed=5))
+    assert {result.subject for result in found} == set(flags.OPERATORS)
+    assert all(result.passed and result.implementation == "reference" for result in found)
+    calls = []
+
+    def elsewhere_wrong(*arguments):
+        calls.append(1)
+        right = OPERATORS["mhc_head"].reference.right(*arguments)
+        return right * 1.1 if len(calls) % 2 else right
+
+    elsewhere_wrong.right = OPERATORS["mhc_head"].reference
+    monkeypatch.setattr(OPERATORS["mhc_head"], "reference", elsewhere_wrong)
+    monkeypatch.setattr(verify, "bound", lambda operator, each, _: {})
+    found = list(verify.verify_references(["mhc_head"], CPU, seed=5))
+    assert not any(result.passed for result in found if "0 rows" not in result.case)
+
+
+def test_a_reference_that_is_wrong_on_a_device_is_no_way_out(capsys):
+    from dsv4_plugin.cli.verify import _conclude
+
+    wrong = verify.Result("moe", "reference", "pro decode", 0.5, compare.BF16)
+    assert _conclude([wrong], ["moe"], 1, False) == 1
+    error = capsys.readouterr().err
+    assert "the reference of moe is wrong on this device" in error and "=reference" not in error
