@@ -32,6 +32,15 @@ def lacks_fp8() -> str | None:
     return None
 
 
+def memory() -> int:
+    """Bytes of memory of the first visible GPU, or of the machine when there is none."""
+    if arch() == CPU:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory
+
+
 def interprets_triton() -> bool:
     """Whether Triton kernels run interpreted on the CPU in this process."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -77,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     else:
         launch.check_checkpoint(arguments.model, arguments.tp, arguments.ep)
+        for line in memory_lines(arguments):
+            print(f"dsv4 serve: {line}")
     launch.check_port(arguments.host, arguments.port)
     environment, added = choices(arguments)
     for name, value in environment.items():
@@ -118,6 +120,59 @@ def choices(arguments: argparse.Namespace) -> tuple[dict[str, str], list[str]]:
     if not any(word.split("=")[0] == "--max-total-tokens" for word in arguments.other):
         added += ["--max-total-tokens", str(CPU_POOL_TOKENS)]
     return environment, added
+
+
+def memory_lines(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The plan of memory in three lines.
+
+    Raises MemoryPlanError when the model does not fit beside one page of cache.
+    """
+    from .. import device, flags
+    from ..cache.layout import PAGE_TOKENS
+    from ..config import Geometry, Precision
+    from ..roofline import memory_plan as plans
+    from ..roofline.layout import Layout
+
+    geometry, host = Geometry.from_dir(arguments.model), _host_options(arguments.other)
+    on_cpu = arguments.cpu or device.arch() == device.CPU
+    plain = 2 if flags.precision() is Precision.SERVING else 4
+    layout = Layout(arguments.tp, 1, arguments.ep)
+    context = min(
+        host.context_length or geometry.max_position_embeddings, geometry.max_position_embeddings
+    )
+    plan = plans.memory_plan(
+        geometry,
+        layout,
+        # The processes of a CPU server share the machine's memory.
+        device.memory() / (arguments.tp if on_cpu else 1),
+        context=context,
+        requests=host.max_running_requests or plans.RUNNING_REQUESTS,
+        chunk=host.chunked_prefill_size or plans.CHUNK,
+        fraction=host.mem_fraction_static or plans.MEMORY_FRACTION,
+        dense=plain if on_cpu or plain == 4 else None,
+        most_tokens=host.max_total_tokens or (CPU_POOL_TOKENS if arguments.cpu else None),
+    )
+    lacking = plan.lacking()
+    if lacking:
+        fitting = plans.layouts_that_fit(plan, geometry, PAGE_TOKENS)
+        raise plans.MemoryPlanError(
+            f"{arguments.model} does not fit: {lacking}. "
+            + (f"{fitting[0]} fits" if fitting and not on_cpu else "See dsv4 plan --help")
+        )
+    return plans.main_lines(plan, context, "this machine" if on_cpu else "this GPU")
+
+
+def _host_options(words: list[str]) -> argparse.Namespace:
+    """Those of the host's arguments that decide how memory is used; None where not given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("context-length", "max-running-requests", "chunked-prefill-size"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--max-total-tokens", type=int)
+    parser.add_argument("--mem-fraction-static", type=float)
+    try:
+        return parser.parse_known_args(words)[0]
+    except argparse.ArgumentError:  # the host says what is wrong with it
+        return parser.parse_known_args([])[0]
 
 
 def _cores_by_rank(ranks: int) -> str:

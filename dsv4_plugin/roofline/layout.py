@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config import Geometry
+from ..parallel import Group, Parallel, ParallelError
 
 
 class LayoutError(ValueError):
@@ -25,6 +26,16 @@ class Layout:
     @property
     def attention_tp(self) -> int:
         return self.gpus // self.dp
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """Ways that each group of tensors is split; a group that is not named is held whole."""
+        return {
+            "attention": self.attention_tp,
+            "expert": self.gpus,
+            "shared": self.gpus,
+            "vocab": self.gpus,
+        }
 
     @property
     def name(self) -> str:
@@ -62,10 +73,9 @@ class Layout:
                 f"layout {self.name}: ep is {self.ep}; experts are split by index over all"
                 f" {self.gpus} GPUs or not at all"
             )
-        for what, total, ways in (
-            ("num_attention_heads", geometry.num_attention_heads, self.attention_tp),
-            ("o_groups", geometry.o_groups, self.attention_tp),
-            ("n_routed_experts", geometry.n_routed_experts, self.ep),
-        ):
-            if total % ways:
-                raise LayoutError(f"layout {self.name}: {ways} ways do not divide {what} {total}")
+        attention, gpus = Group(size=self.attention_tp), Group(size=self.gpus)
+        expert = Group(size=self.ep), Group(size=self.gpus // self.ep)
+        try:
+            Parallel(attention, *expert, gpus, gpus).check(geometry)
+        except ParallelError as error:
+            raise LayoutError(f"layout {self.name}: {error}") from None

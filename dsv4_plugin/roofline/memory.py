@@ -32,13 +32,7 @@ def cached_bytes(geometry: Geometry, context: int, index_dtype: str = "fp8") -> 
 
 def resident(geometry: Geometry, layout: Layout) -> float:
     """Bytes of backbone weights that one GPU holds."""
-    shares = {
-        "attention": layout.attention_tp,
-        "expert": layout.gpus,
-        "shared": layout.gpus,
-        "vocab": layout.gpus,
-    }
-    return resident_bytes(geometry, shares, mtp=False)
+    return resident_bytes(geometry, layout.shares, mtp=False)
 
 
 def largest_batch(

@@ -48,6 +48,13 @@ class Holding:
     elements: int
     bytes: int
     tensors: int
+    kept: int
+    """Bytes of fp32 parameters and integer tables, which stay as they are in any form."""
+    kept_elements: int
+
+    def decoded(self, itemsize: int) -> int:
+        """Bytes when matrices and norms are decoded to elements of `itemsize` bytes."""
+        return self.kept + (self.elements - self.kept_elements) * itemsize
 
 
 @lru_cache(maxsize=8)
@@ -56,10 +63,12 @@ def holdings(geometry: Geometry) -> tuple[Holding, ...]:
     sums: dict[tuple[str, str, bool], list[int]] = {}
     for spec in expected_tensors(geometry).values():
         key = (_component(spec.name), _group(spec), spec.name.startswith("mtp."))
-        entry = sums.setdefault(key, [0, 0, 0])
-        entry[0] += _parameters(spec)
-        entry[1] += spec.nbytes
-        entry[2] += 1
+        entry = sums.setdefault(key, [0, 0, 0, 0, 0])
+        elements = _parameters(spec)
+        kept = spec.dtype in ("F32", "I64") and spec.weight is None
+        added = (elements, spec.nbytes, 1, spec.nbytes * kept, elements * kept)
+        for at, amount in enumerate(added):
+            entry[at] += amount
     return tuple(Holding(*key, *entry) for key, entry in sums.items())
 
 

@@ -3,6 +3,7 @@ to our own engine."""
 
 from __future__ import annotations
 
+import re
 import urllib.error
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from live_server import input_logprobs, output_ids, serving
 
 from dsv4_plugin.config import Precision
+from dsv4_plugin.roofline.layout import Layout
+from dsv4_plugin.roofline.memory_plan import memory_plan
 
 # bf16 activations, an FP8 cache and a rounded indexer cost 0.13 mean on this set of random weights
 # (its README); the mistakes that this would hide are caught in exact precision.
@@ -77,3 +80,10 @@ def test_sampling_at_a_temperature_is_served(server):
         },
     )
     assert reply["meta_info"]["completion_tokens"] == 4
+
+
+def test_the_memory_plan_counts_as_the_host_does(server, golden_geometry):
+    """A token's bytes in the pool, as the host prints them before it makes the pool."""
+    plan = memory_plan(golden_geometry, Layout(1), memory=1e9)
+    [printed] = set(re.findall(r"bytes_per_full_token=([\d.]+)", server.log.read_text()))
+    assert float(printed) == pytest.approx(plan.token, abs=0.005)
