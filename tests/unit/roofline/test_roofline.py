@@ -271,7 +271,9 @@ def test_a_layout_that_does_not_fit_is_refused(layout, message):
 def test_wrong_names_are_errors(tmp_path):
     with pytest.raises(HardwareError, match="MI300X, MI325X, MI355X"):
         Hardware.named("MI999")
-    with pytest.raises(ConfigError, match="neither flash nor pro nor the path"):
+    with pytest.raises(
+        ConfigError, match="neither flash nor flash-0731 nor pro nor pro-0813 nor the path"
+    ):
         load_geometry("huge")
     with pytest.raises(LayoutError, match="index_dtype is 'fp2'"):
         decode_step(PRO, MI355X, TP8, 1, 8192, "fp2")
