@@ -16,6 +16,15 @@ WINDOW = 128
 RING_ROWS = MappingProxyType({4: 8, 128: 128})
 """Rows of a compressor ring by ratio: per window page for 4, per request for 128."""
 
+SPECULATION_RING_ROWS = MappingProxyType({4: 16, 128: 256})
+"""The same where a step may be taken back: what it writes must not lie on what lies before it."""
+
+
+def shrinkable_rows(ratio: int, ring: int) -> int:
+    """The most rows of a request in a step that may be taken back but for the first: they and the
+    items of the window that the first completes, which may all be needed, fit in the ring."""
+    return ring - (ratio * (2 if ratio == 4 else 1) - 2)
+
 
 @dataclass(frozen=True)
 class Compression:

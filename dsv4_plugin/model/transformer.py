@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cache import Caches
-from ..config import ConfigError, Geometry, Precision
+from ..config import Geometry, Precision
 from ..ops import mhc_head, mhc_post, mhc_pre
 from ..ops.block_fp8_linear import linear_fp32
 from ..ops.operator import HERE, enter_step
@@ -71,13 +71,16 @@ class HeadCollapse:
         self.hc_head_scale = build.fp32(1)
         self.hc_eps, self.eps = build.geometry.hc_eps, build.geometry.rms_norm_eps
 
-    def collapse(self, streams: Tensor) -> Tensor:
-        """Input of the head [T, d] of `streams` [T, 4, d], in their dtype."""
+    def collapsed(self, streams: Tensor) -> Tensor:
+        """One stream [T, d] of `streams` [T, 4, d], in their dtype."""
         HERE.layer = HERE.ratio = -1
-        hidden = mhc_head(
+        return mhc_head(
             streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.hc_eps, self.eps
         )
-        return rms_norm(hidden, self.norm.weight, self.eps)
+
+    def collapse(self, streams: Tensor) -> Tensor:
+        """Input of the head [T, d] of `streams` [T, 4, d], in their dtype."""
+        return rms_norm(self.collapsed(streams), self.norm.weight, self.eps)
 
 
 class MTPBlock(Block, HeadCollapse):
@@ -104,9 +107,8 @@ class MTPBlock(Block, HeadCollapse):
 class DeepseekV4(nn.Module, HeadCollapse):
     """DeepSeek-V4 on one process of a parallel layout.
 
-    `parts` is "backbone", "mtp" (the MTP blocks with embedding and head) or "all". Raises
-    ParallelError when the layout does not fit the geometry, ConfigError for parts with a DSpark
-    draft.
+    `parts` is "backbone", "mtp" (the MTP blocks or the DSpark draft, with embedding and head) or
+    "all". Raises ParallelError when the layout does not fit the geometry.
     """
 
     def __init__(
@@ -119,10 +121,6 @@ class DeepseekV4(nn.Module, HeadCollapse):
     ):
         super().__init__()
         parallel.check(geometry)
-        if geometry.dspark and parts != "backbone":
-            raise ConfigError(
-                "this version does not run a DSpark draft; build the model with parts='backbone'"
-            )
         build = Build(geometry, Precision(precision), parallel, torch.device(device))
         self.geometry, self.precision, self.parallel = geometry, build.precision, parallel
         self.dtype, self.parts = build.dtype, parts
@@ -133,10 +131,7 @@ class DeepseekV4(nn.Module, HeadCollapse):
         self.layers = nn.ModuleList(Block(build, layer) for layer in backbone)
         if parts != "mtp":
             self._add_head_collapse(build)
-        drafts = (
-            range(geometry.num_hidden_layers, geometry.num_layers) if parts != "backbone" else ()
-        )
-        self.mtp = nn.ModuleList(MTPBlock(build, layer) for layer in drafts)
+        self.mtp = _draft(build) if parts != "backbone" else nn.ModuleList()
         for ratio in sorted(set(geometry.compress_ratios)):
             self.register_buffer(
                 f"frequencies_{ratio}", inverse_frequencies(geometry, ratio).to(build.device), False
@@ -160,13 +155,19 @@ class DeepseekV4(nn.Module, HeadCollapse):
         rows = F.embedding(local.masked_fill(~mine, 0), self.embed.weight)
         return group.all_reduce(rows.masked_fill(~mine.unsqueeze(-1), 0))
 
-    def forward(self, token_ids: Tensor, plan: StepPlan, caches: Caches) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, plan: StepPlan, caches: Caches, taps: list[Tensor] | None = None
+    ) -> Tensor:
         """Residual streams [T, 4, d] after the backbone for `token_ids` int64 [T]; the caches take
-        the step's entries."""
+        the step's entries. With `taps`, the mean [T, d] of the streams after each layer that a
+        DSpark draft reads is appended to it."""
         step = self._step(token_ids, plan, caches)
         streams = self.embedded(token_ids).unsqueeze(1).expand(-1, self.geometry.hc_mult, -1)
+        tapped = self.geometry.dspark.target_layer_ids if taps is not None else ()
         for layer in self.layers:
             streams = layer(streams, step)
+            if layer.layer in tapped:
+                taps.append(streams.mean(1))
         return streams
 
     def draft(
@@ -186,3 +187,14 @@ class DeepseekV4(nn.Module, HeadCollapse):
         """fp32 [T, vocab] of collapsed `hidden` [T, d]; this process's rows of the vocabulary
         only."""
         return linear_fp32(hidden, self.head.weight)
+
+
+def _draft(build: Build) -> nn.ModuleList:
+    """The blocks named `mtp.*`: stages of DSpark, or MTP blocks."""
+    geometry = build.geometry
+    if geometry.dspark:
+        from .dspark import DSpark  # made of the blocks of this module
+
+        return DSpark(build)
+    layers = range(geometry.num_hidden_layers, geometry.num_layers)
+    return nn.ModuleList(MTPBlock(build, layer) for layer in layers)

@@ -14,11 +14,12 @@ from .route import route
 from .sample_greedy import sample_greedy
 from .shared_expert import shared_expert
 from .sparse_mla import sparse_mla
-from .step_plan import build_step_plan
+from .step_plan import build_draft_plan, build_step_plan
 from .topk_select import topk_select
 
 __all__ = [
     "block_fp8_linear",
+    "build_draft_plan",
     "build_step_plan",
     "compress",
     "grouped_output",

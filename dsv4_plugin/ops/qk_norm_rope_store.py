@@ -29,9 +29,21 @@ def qk_norm_rope_store(
     `cos`, `sin` [T, 32]; `slots` int64 [T] are window slots of `cache`, which quantises as its
     format says.
     """
-    latent = apply_rope(rms_norm(kv, kv_weight, eps), cos, sin)
-    cache.store(slots, latent)
+    store_latents(kv, kv_weight, eps, cos, sin, slots, cache)
     return apply_rope(rms_norm(q, None, eps), cos, sin)
+
+
+def store_latents(
+    kv: Tensor,
+    kv_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    cache: SlotStore,
+) -> None:
+    """The half of it that keeps latents: of tokens whose queries nobody needs."""
+    cache.store(slots, apply_rope(rms_norm(kv, kv_weight, eps), cos, sin))
 
 
 def _needs_packed_bf16(

@@ -29,6 +29,7 @@ def build_step_plan(
     max_seq_len: int,
     rings: Mapping[int, int] = RING_ROWS,
     static_rows: bool = False,
+    may_shrink: bool = False,
 ) -> StepPlan:
     """The plan of one step (docs/model.md §4).
 
@@ -39,9 +40,22 @@ def build_step_plan(
     or a request (ratio 128) for the ratios to plan. Window slots and pages are aligned: slot % 256
     == position % 256. With `static_rows` the shapes depend on the shapes of the inputs,
     `max_seq_len` and `rings` alone, as a captured graph needs; an implementation may always do so.
+    With `may_shrink` a request may be cut back to any length past its prefix after the step, as
+    drafts that are refused are, and the rings keep what each of those lengths needs; for up to
+    `shrinkable_rows` rows a request.
     """
+    # The fewest tokens that a request may have after the step.
+    least = torch.minimum(seq_lens, prefix_lens + 1) if may_shrink else seq_lens
     steps = _Steps(
-        position, request, out_slot, prefix_lens, seq_lens, slot_table, slot_row, full_to_window
+        position,
+        request,
+        out_slot,
+        prefix_lens,
+        seq_lens,
+        least,
+        slot_table,
+        slot_row,
+        full_to_window,
     )
     pages = torch.arange(0, max_seq_len, PAGE_TOKENS, device=position.device)
     page_table = slot_table[slot_row.unsqueeze(-1), pages].to(torch.int64) // PAGE_TOKENS
@@ -62,6 +76,39 @@ def build_step_plan(
     )
 
 
+def build_draft_plan(
+    prefix_lens: Tensor,
+    block: int,
+    slot_table: Tensor,
+    slot_row: Tensor,
+    full_to_window: Tensor,
+) -> StepPlan:
+    """The plan of a pass of a DSpark draft (docs/model.md §3.8): `block` rows for each request, at
+    the positions that follow its `prefix_lens` [R] tokens.
+
+    All rows of a request see the same keys: the last 128 tokens before the block and the whole
+    block, whose latents are written to their own window slots. Those must be the request's already.
+    No compressor is planned. The other arguments are those of `build_step_plan`.
+    """
+    span = torch.arange(-WINDOW, block, device=prefix_lens.device)
+    seen = prefix_lens.unsqueeze(-1) + span
+    full = slot_table[slot_row.unsqueeze(-1), seen.clamp_min(0)].to(torch.int64)
+    window = full_to_window[full].to(torch.int64).masked_fill(seen < 0, -1)
+    request = torch.arange(prefix_lens.shape[0], device=span.device).repeat_interleave(block)
+    own = window[:, WINDOW:]
+    return StepPlan(
+        position=seen[:, WINDOW:].flatten(),
+        request=request,
+        query=span[WINDOW:].repeat(prefix_lens.shape[0]),
+        max_queries=block if prefix_lens.shape[0] else 0,
+        max_seq_len=0,
+        window_write=own.flatten(),
+        window=window.masked_fill(window <= 0, -1)[request],
+        page_table=request.new_zeros(prefix_lens.shape[0], 0),
+        compression={},
+    )
+
+
 @dataclass(frozen=True)
 class _Steps:
     """The inputs of build_step_plan, for the parts it is made of."""
@@ -71,6 +118,7 @@ class _Steps:
     out_slot: Tensor
     prefix_lens: Tensor
     seq_lens: Tensor
+    least_lens: Tensor
     slot_table: Tensor
     slot_row: Tensor
     full_to_window: Tensor
@@ -118,7 +166,7 @@ class _Steps:
         The last four tokens of a page are kept as well, so that whoever continues after that page
         finds them.
         """
-        whole = self.seq_lens[self.request] // ratio * ratio
+        whole = self.least_lens[self.request] // ratio * ratio
         if ratio == 4:
             return (self.position >= whole - 4) | (self.position % PAGE_TOKENS >= PAGE_TOKENS - 4)
         return self.position >= whole

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ..cache import PAGE_TOKENS
+from ..cache.step_plan import RING_ROWS, SPECULATION_RING_ROWS, shrinkable_rows
 from ..model import DeepseekV4
-from ..ops import build_step_plan, sample_greedy
+from ..ops import build_draft_plan, build_step_plan, sample_greedy
 from ..ops.operator import enter_step
 from ..ops.step_plan import StepPlan
 from .pool import Pages, PoolFull, make_caches
+from .speculate import Continuation, Draft, Sampling, Speculation
 
 
 @dataclass
@@ -33,6 +35,8 @@ class Engine:
     sequences.
 
     `page_seed` shuffles the order of full and window pages, which must not change any result.
+    `verify_rows` is the most rows of a sequence in a step that may be taken back. Raises ValueError
+    when the compressors' rings cannot hold that many.
     """
 
     def __init__(
@@ -41,12 +45,19 @@ class Engine:
         max_tokens: int = 16384,
         max_requests: int = 32,
         page_seed: int | None = None,
+        verify_rows: int = 1,
     ):
-        self.model = model
+        self.model, self.verify_rows = model, verify_rows
+        self.rings = RING_ROWS if verify_rows <= 1 else SPECULATION_RING_ROWS
+        most = min(shrinkable_rows(ratio, rows) for ratio, rows in self.rings.items())
+        if verify_rows > most:
+            raise ValueError(
+                f"verify_rows is {verify_rows}; rings of {dict(self.rings)} rows serve up to {most}"
+            )
         self.device = model.embed.weight.device
         pages = -(-max_tokens // PAGE_TOKENS) + max_requests + 1
         self.caches = make_caches(
-            model.geometry, model.precision, pages, max_requests + 1, self.device
+            model.geometry, model.precision, pages, max_requests + 1, self.device, self.rings
         )
         self._pages = Pages(pages, page_seed)
         self._window_pages = Pages(pages, None if page_seed is None else page_seed + 1)
@@ -76,7 +87,7 @@ class Engine:
     def _grow(self, batch: list[tuple[Sequence, int]]) -> None:
         """Takes the pages that the batch needs, all of them or, with PoolFull, none."""
         needed = [
-            -(-(sequence.length + count) // PAGE_TOKENS) - len(sequence.pages)
+            max(0, -(-(sequence.length + count) // PAGE_TOKENS) - len(sequence.pages))
             for sequence, count in batch
         ]
         pages = zip(self._pages.take(sum(needed)), self._window_pages.take(sum(needed)))
@@ -91,11 +102,22 @@ class Engine:
                 sequence.pages.append(page)
                 sequence.window_pages.append(window_page)
 
-    def plan(self, batch: list[tuple[Sequence, int]]) -> StepPlan:
+    def reserve(self, sequences: list[Sequence], count: int) -> None:
+        """Takes the pages that `count` more tokens of each sequence need. Raises PoolFull."""
+        self._grow([(sequence, count) for sequence in sequences])
+
+    def cut(self, sequence: Sequence, length: int) -> None:
+        """Takes back the tokens past `length`: nothing moves, the next step writes over them.
+
+        Only the tokens but the first of a step planned with `may_shrink` may be taken back.
+        """
+        sequence.length = length
+
+    def plan(self, batch: list[tuple[Sequence, int]], may_shrink: bool = False) -> StepPlan:
         """The step plan that adds that many tokens to each sequence; pages are taken, lengths
         advance.
 
-        Raises PoolFull, with nothing taken, when there are too few pages for all of the batch.
+        With `may_shrink` they may be cut back to all but the first of these tokens. Raises PoolFull, with nothing taken, when there are too few pages for all of the batch.
         """
         prefix = torch.tensor([sequence.length for sequence, _ in batch], dtype=torch.int64)
         counts = torch.tensor([count for _, count in batch], dtype=torch.int64)
@@ -123,14 +145,23 @@ class Engine:
             self._full_to_window,
             max_queries,
             max(seq_lens.tolist(), default=0),
+            rings=self.rings,
+            may_shrink=may_shrink,
         )
+
+    def draft_plan(self, sequences: list[Sequence], block: int) -> StepPlan:
+        """The plan of a DSpark draft's pass for tokens past the end of each sequence, whose pages
+        are taken already (`reserve`)."""
+        lengths = self.ids([sequence.length for sequence in sequences])
+        rows = self.ids([sequence.row for sequence in sequences])
+        return build_draft_plan(lengths, block, self._slots, rows, self._full_to_window)
 
     @torch.inference_mode()
     def forward(self, batch: list[tuple[Sequence, list[int]]]) -> Tensor:
         """Streams [T, 4, d] of the new tokens of all sequences, in the order given."""
         plan = self.plan([(sequence, len(tokens)) for sequence, tokens in batch])
         return self.model(
-            self._ids([token for _, tokens in batch for token in tokens]), plan, self.caches
+            self.ids([token for _, tokens in batch for token in tokens]), plan, self.caches
         )
 
     @torch.inference_mode()
@@ -153,7 +184,7 @@ class Engine:
         """
         shifted, parts = [*prompt[1:], 0], []
         for part, plan, streams in self._chunks(prompt, chunks):
-            streams = self.model.draft(self._ids(shifted[part]), streams, plan, self.caches)
+            streams = self.model.draft(self.ids(shifted[part]), streams, plan, self.caches)
             parts.append(self.model.logits(self.model.mtp[0].collapse(streams)))
         return torch.cat(parts)
 
@@ -167,20 +198,49 @@ class Engine:
             for size in sizes or [len(prompt)]:
                 part = slice(start, start + size)
                 plan = self.plan([(sequence, len(prompt[part]))])
-                yield part, plan, self.model(self._ids(prompt[part]), plan, self.caches)
+                yield part, plan, self.model(self.ids(prompt[part]), plan, self.caches)
                 start += size
         finally:
             self.close(sequence)
 
-    def _ids(self, tokens: list[int]) -> Tensor:
+    def ids(self, tokens: list[int]) -> Tensor:
+        """int64 [n] on the engine's device."""
         return torch.tensor(tokens, dtype=torch.int64, device=self.device)
 
     @torch.inference_mode()
+    def speculate(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        draft: Draft,
+        sampling: Sampling = Sampling(),
+        chunk: int = 2048,
+    ) -> list[Continuation]:
+        """Continuations as `generate` gives them, with a draft; greedy ones have the same tokens.
+
+        The engine must have been made with `verify_rows` of at least `draft.width + 1`. Raises
+        ValueError when it was not.
+        """
+        if draft.width + 1 > self.verify_rows:
+            raise ValueError(
+                f"a draft of {draft.width} tokens is verified in steps of {draft.width + 1} rows,"
+                f" and this engine has verify_rows {self.verify_rows}"
+            )
+        return Speculation(self, draft, sampling).run(prompts, max_new_tokens, chunk)
+
+    @torch.inference_mode()
     def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, chunk: int = 2048
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        chunk: int = 2048,
+        draft: Draft | None = None,
     ) -> list[list[int]]:
         """Greedy continuations of all prompts, decoded as one batch; no token ends a sequence
-        early."""
+        early. A `draft` changes the number of steps and no token (`speculate`)."""
+        if draft is not None:
+            out = self.speculate(prompts, max_new_tokens, draft, chunk=chunk)
+            return [each.tokens for each in out]
         sequences = [self.open() for _ in prompts]
         try:
             last = [

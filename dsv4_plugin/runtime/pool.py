@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -56,9 +58,10 @@ def make_caches(
     pages: int,
     requests: int,
     device: torch.device | str = "cpu",
+    rings: Mapping[int, int] = RING_ROWS,
 ) -> Caches:
     """Caches of all layers for `pages` pages of 256 tokens (window pages alike) and `requests`
-    request rows."""
+    request rows, with rings of so many rows by compress ratio."""
     device = torch.device(device)
     caches = Caches()
     for layer, ratio in enumerate(geometry.compress_ratios):
@@ -67,14 +70,10 @@ def make_caches(
             continue
         caches.compressed[layer] = _latents(precision, pages, entries_per_page(ratio), device)
         halves, owners = (2, pages) if ratio == 4 else (1, requests)
-        caches.ring[layer] = _ring(
-            owners * RING_ROWS[ratio], 2 * halves * geometry.head_dim, device
-        )
+        caches.ring[layer] = _ring(owners * rings[ratio], 2 * halves * geometry.head_dim, device)
         if ratio == 4:
             caches.index[layer] = _index_keys(precision, pages, device)
-            caches.index_ring[layer] = _ring(
-                owners * RING_ROWS[4], 4 * geometry.index_head_dim, device
-            )
+            caches.index_ring[layer] = _ring(owners * rings[4], 4 * geometry.index_head_dim, device)
     return caches
 
 

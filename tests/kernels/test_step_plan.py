@@ -16,10 +16,12 @@ TENSORS = ("position", "request", "query", "window_write", "window")
 ROWS = ("token", "position", "slots", "step_row", "ring_row", "ring_write_row")
 
 
-def assert_same(tables: Tables, prefix_lens: list[int], counts: list[int], rings=RING_ROWS) -> None:
-    arguments = tables.arguments(prefix_lens, counts)
-    got = build_step_plan.implementations["triton"].load()(**arguments, rings=rings)
-    want = build_step_plan.reference(**arguments, rings=rings, static_rows=True)
+def assert_same(
+    tables: Tables, prefix_lens: list[int], counts: list[int], rings=RING_ROWS, may_shrink=False
+) -> None:
+    arguments = tables.arguments(prefix_lens, counts) | {"rings": rings, "may_shrink": may_shrink}
+    got = build_step_plan.implementations["triton"].load()(**arguments)
+    want = build_step_plan.reference(**arguments, static_rows=True)
     assert (got.max_queries, got.max_seq_len, got.phase) == (
         want.max_queries,
         want.max_seq_len,
@@ -60,6 +62,17 @@ def test_matches_reference(prefix_lens, counts):
 def test_rings_of_the_host(rings):
     """Draft models have none, speculation doubles them."""
     assert_same(Tables(2, 512), [126, 3], [5, 1], rings)
+
+
+def test_steps_that_may_be_taken_back():
+    for first in (3, 125, 250):
+        assert_same(
+            Tables(4, 768),
+            [first + residue for residue in range(4)],
+            [6, 1, 6, 2],
+            {4: 16, 128: 256},
+            may_shrink=True,
+        )
 
 
 def test_no_rows_and_idle_requests():

@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_plugin.cache.layout import entry_slots, request_ring_row, window_ring_row
-from dsv4_plugin.cache.step_plan import static_windows
+from dsv4_plugin.cache.step_plan import (
+    RING_ROWS,
+    SPECULATION_RING_ROWS,
+    shrinkable_rows,
+    static_windows,
+)
 from dsv4_plugin.ops import build_step_plan
 
 from .tables import PAGE, Request, Tables
@@ -160,6 +165,43 @@ def test_any_batch(requests, seed, rings):
 @pytest.mark.parametrize("new", [1, 4, 128, 256])
 def test_borders(prefix, new):
     check([Request(prefix, new)], prefix, RINGS[0])
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    st.lists(st.tuples(lengths, st.integers(1, 10)), min_size=1, max_size=3),
+    st.integers(0, 2**20),
+    st.data(),
+)
+def test_a_step_that_may_be_taken_back_keeps_what_any_shorter_length_needs(batch, seed, data):
+    """Played through: rows that the rings hold, by position, over a step, a cut and the next."""
+    tables = Tables([Request(prefix, new) for prefix, new in batch], seed)
+    lens = [data.draw(st.integers(prefix + 1, prefix + new)) for prefix, new in batch]
+    plan = build_step_plan.reference(
+        **tables.arguments(), rings=SPECULATION_RING_ROWS, may_shrink=True
+    )
+    answers = Answers(tables, dict(SPECULATION_RING_ROWS))
+    for ratio in (4, 128):
+        width, ring = (8 if ratio == 4 else ratio), {}
+        for request, (prefix, _) in enumerate(batch):  # as the steps before left it
+            for p in range(max(0, prefix // ratio * ratio - (4 if ratio == 4 else 0)), prefix):
+                ring[answers.ring_row(ratio, request, p)] = request, p
+        kept = plan.compression[ratio].ring_write_row.tolist()
+        for row, written in zip(answers.rows, kept):
+            if written >= 0:
+                ring[written] = row
+        for request, length in enumerate(lens):
+            # the first window that the next step completes, of any number of rows
+            last = length // ratio * ratio + ratio - 1
+            for p in range(max(0, last + 1 - width), length):
+                assert ring.get(answers.ring_row(ratio, request, p)) == (request, p), (ratio, p)
+
+
+def test_how_many_rows_may_be_taken_back():
+    """The bound is the ring less the items that stay: docs/model.md §4."""
+    assert [shrinkable_rows(ratio, SPECULATION_RING_ROWS[ratio]) for ratio in (4, 128)] == [10, 130]
+    # One row is never taken back, so the small rings serve decode.
+    assert [shrinkable_rows(ratio, RING_ROWS[ratio]) for ratio in (4, 128)] == [2, 2]
 
 
 def test_pages_given_back_are_not_attended_to():

@@ -74,6 +74,7 @@ def rows_kernel(
     kept_128,
     RING_4: tl.constexpr,
     RING_128: tl.constexpr,
+    MAY_SHRINK: tl.constexpr,
 ):
     """Grid (T): what a row writes and sees in the window, and where the rings keep it; a ring of 0
     is none."""
@@ -86,6 +87,8 @@ def rows_kernel(
     slot = _window_slot(slot_table, table_stride, full_to_window, row, seen, seen >= 0)
     tl.store(windows + token * _WINDOW + tl.arange(0, _WINDOW), tl.where(slot > 0, slot, -1))
     length = tl.load(seq_lens + request)
+    if MAY_SHRINK:
+        length = tl.minimum(length, tl.load(prefix_lens + request) + 1)
     if RING_4 > 0:
         # The unfinished window and the one before it; and the end of a page, for whoever continues
         # after that page.
@@ -212,6 +215,7 @@ def build_step_plan(
     max_seq_len: int,
     rings: Mapping[int, int] = RING_ROWS,
     static_rows: bool = False,
+    may_shrink: bool = False,
 ) -> StepPlan:
     """The operator of the same name; its shapes are static whether `static_rows` asks for it or
     not."""
@@ -244,6 +248,7 @@ def build_step_plan(
             kept.get(128, query),
             RING_4=rings.get(4, 0),
             RING_128=rings.get(128, 0),
+            MAY_SHRINK=may_shrink,
             num_warps=1,
         )
     if page_table.numel():
