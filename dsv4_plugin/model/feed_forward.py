@@ -64,9 +64,11 @@ class FeedForward(nn.Module):
         self.shared_experts = SharedExpert(build)
         self._sum_experts = parallel.expert.all_reduce, parallel.expert_tensor.all_reduce
         self._sum_shared = parallel.shared.all_reduce
+        # Where the same processes hold shares of both, what they hold is added before it is sent.
+        self._together = parallel.shared.size == parallel.expert.size * parallel.expert_tensor.size
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        """[T, d] of normed `x` [T, d]; sums are fp32."""
+        """[T, d] of normed `x` [T, d]; sums are fp32, and one all-reduce adds up both shares."""
         gate, experts, shared = self.gate, self.experts, self.shared_experts
         weights, chosen = route(
             x, gate.weight, gate.bias, gate.tid2eid, step.token_ids, self.topk, self.scaling
@@ -94,6 +96,8 @@ class FeedForward(nn.Module):
             shared.w3.scale,
             self.limit,
         )
+        if self._together:
+            return self._sum_shared(routed + own).to(x.dtype)
         for all_reduce in self._sum_experts:
             routed = all_reduce(routed)
-        return (routed + self._sum_shared(own.float())).to(x.dtype)
+        return (routed + self._sum_shared(own)).to(x.dtype)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats import dense_weight
-from .operator import operator
-from .shared_expert import swiglu
+from .operator import Implementation, operator
+from .shared_expert import needs_bf16, swiglu
 
 
 @operator
@@ -44,3 +44,13 @@ def moe(
         hidden = (hidden * weights[token, choice].unsqueeze(-1)).to(x.dtype)
         y.index_add_(0, token, F.linear(hidden, down_w).float())
     return y
+
+
+moe.add(
+    Implementation(
+        "triton",
+        "dsv4_plugin.kernels.triton.moe:moe",
+        packages=("triton",),
+        requires=needs_bf16,
+    )
+)

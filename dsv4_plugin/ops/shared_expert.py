@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats import dense_weight
-from .operator import operator
+from .operator import Implementation, operator
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
@@ -25,9 +26,29 @@ def shared_expert(
     w3_scale: Tensor | None,
     swiglu_limit: float,
 ) -> Tensor:
-    """w2(swiglu(x w1ᵀ, x w3ᵀ)) [T, d] in the dtype of `x` [T, d]; `w1`, `w3` [I, d], `w2` [d, I],
-    dense or FP8."""
+    """w2(swiglu(x w1ᵀ, x w3ᵀ)) fp32 [T, d] of `x` [T, d]; `w1`, `w3` [I, d], `w2` [d, I], dense or
+    FP8. fp32, because it meets the sum over experts and the shares of other processes so."""
     w1, w2, w3 = (
         dense_weight(w, s, x.dtype) for w, s in ((w1, w1_scale), (w2, w2_scale), (w3, w3_scale))
     )
-    return F.linear(swiglu(F.linear(x, w1), F.linear(x, w3), swiglu_limit).to(x.dtype), w2)
+    hidden = swiglu(F.linear(x, w1), F.linear(x, w3), swiglu_limit).to(x.dtype)
+    return F.linear(hidden, w2).float()
+
+
+def needs_bf16(x: Tensor, *rest) -> str | None:
+    """What the kernels of experts cannot run."""
+    if x.dtype != torch.bfloat16:
+        return f"x is {x.dtype}, not bfloat16"
+    if x.shape[1] % 128:
+        return f"hidden size {x.shape[1]} is not a multiple of 128"
+    return None
+
+
+shared_expert.add(
+    Implementation(
+        "triton",
+        "dsv4_plugin.kernels.triton.shared_expert:shared_expert",
+        packages=("triton",),
+        requires=needs_bf16,
+    )
+)

@@ -4,6 +4,7 @@ whole model."""
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +139,21 @@ def test_two_ranks_equal_one(directory, prompt, whole, layout):
         d = (joined(results, LAYOUTS[layout], which) - whole[which]).abs().max()
         # Other sums of fp32 products and one more addition per layer; logits reach 10.
         assert d <= 1e-4, ("MTP" if which else "backbone", d)
+
+
+@pytest.mark.parametrize("layout, sums", [("tensor", 1), ("tensor and expert", 1), ("expert", 1)])
+def test_experts_are_summed_over_processes_once(directory, layout, sums):
+    """Routed and shared shares are added before they cross processes."""
+    sent = []
+
+    def all_reduce(x):
+        sent.append(x.dtype)
+        return x
+
+    model = build(directory, Parallel(**{n: Group(0, 2, all_reduce) for n in LAYOUTS[layout]}))
+    step = SimpleNamespace(token_ids=torch.arange(5))
+    model.layers[0].ffn(torch.randn(5, 128), step)
+    assert sent == [torch.float32] * sums
 
 
 def test_shares_hold_their_part_of_every_tensor(directory):

@@ -20,9 +20,11 @@ from dsv4_plugin.runtime.engine import Engine
 SERVING_KERNELS = {
     "compress": "not a Packed",
     "indexer_logits": "not packed",
+    "moe": "not bfloat16",
     "qk_norm_rope_store": "not packed",
     "rope_hadamard_quant": "not fp8",
     "route": "not bfloat16",
+    "shared_expert": "not bfloat16",
     "sparse_mla": "not packed",
 }
 """Kernels for the data of serving, and why they do not take that of the other precisions."""
@@ -119,6 +121,20 @@ WRONG = [
     ("route", "triton", {"x": torch.float32}, "x is torch.float32, not bfloat16"),
     (
         "route",
+        "triton",
+        {"x": torch.zeros(2, 200, dtype=torch.bfloat16)},
+        "hidden size 200 is not a multiple of 128",
+    ),
+    ("moe", "triton", {"x": torch.float32}, "x is torch.float32, not bfloat16"),
+    (
+        "moe",
+        "triton",
+        {"x": torch.zeros(2, 200, dtype=torch.bfloat16)},
+        "hidden size 200 is not a multiple of 128",
+    ),
+    ("shared_expert", "triton", {"x": torch.float32}, "x is torch.float32, not bfloat16"),
+    (
+        "shared_expert",
         "triton",
         {"x": torch.zeros(2, 200, dtype=torch.bfloat16)},
         "hidden size 200 is not a multiple of 128",
