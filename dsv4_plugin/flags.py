@@ -118,6 +118,7 @@ class ForeignChoice:
 OPERATORS: dict[str, str] = {
     "rms_norm_quant": "RMSNorm with FP8 quantisation",
     "block_fp8_linear": "matrix products with 128x128-block FP8 weights",
+    "linear_fp32": "matrix products of bf16 whose result is fp32",
     "qk_norm_rope_store": "query and latent norm, RoPE and the latent's store",
     "rope_hadamard_quant": "indexer queries: RoPE, Hadamard rotation, quantisation",
     "compress": "compression of 4 or 128 tokens into one entry",
@@ -126,9 +127,10 @@ OPERATORS: dict[str, str] = {
     "build_step_plan": "index tensors of a step",
     "sparse_mla": "attention over window and compressed entries, inverse RoPE of its output",
     "grouped_output": "the grouped output projection",
-    "mhc_pre": "hyper-connections before a sub-layer",
+    "mhc_pre": "hyper-connections, norm and FP8 before a sub-layer",
     "mhc_post": "hyper-connections after a sub-layer",
-    "mhc_head": "collapse of the residual streams before the head",
+    "mhc_post_pre": "hyper-connections between two sub-layers",
+    "mhc_head": "collapse of the residual streams and norm before the head",
     "route": "choice of experts",
     "moe": "routed experts",
     "shared_expert": "the shared expert",
@@ -230,6 +232,15 @@ FLAGS: tuple[Flag, ...] = (
         Precision.SERVING.value,
         "exact: fp32 weights, caches and arithmetic, for checking; official: exact plus the"
         " roundings of the model's own cache; serving: bf16 and the packed cache, for production.",
+    ),
+    Flag(
+        "DSV4_WEIGHTS",
+        ("auto", "packed", "dense"),
+        "auto",
+        "How FP8 matrices lie in memory. packed: as released, read by kernels and multiplied with"
+        " FP8 activations; dense: decoded once to bf16 (experts of a GPU aside), which torch"
+        " multiplies without decoding them at every call. auto: dense on a CPU, and on a GPU where"
+        " block_fp8_linear runs its reference and a sixteenth of the memory holds the difference.",
     ),
     Flag(
         "DSV4_PROBE",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 
@@ -86,6 +86,22 @@ class StepPlan:
     def visible(self, ratio: int) -> Tensor:
         """int64 [T]: number of compressed entries the row sees, (position + 1) // ratio."""
         return (self.position + 1) // ratio
+
+    def rows(self, rows: slice) -> StepPlan:
+        """What the indexer reads of the plan, for these rows alone."""
+        request, query = self.request[rows], self.query[rows]
+        # rows of the request that is cut count from the first that is left
+        query = query - torch.where(request == request[0], query[0], 0)
+        return replace(
+            self,
+            position=self.position[rows],
+            request=request,
+            query=query,
+            max_queries=min(self.max_queries, request.shape[0]),
+            window_write=self.window_write[rows],
+            window=self.window[rows],
+            compression={},
+        )
 
     def request_slots(self, ratio: int) -> Tensor:
         """int64 [R, max_seq_len // ratio]: slots of every request's compressed entries."""

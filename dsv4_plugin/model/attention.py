@@ -6,23 +6,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..cache.layout import entry_slots
 from ..config import Precision
 from ..ops import (
-    block_fp8_linear,
     compress,
     grouped_output,
     indexer_logits,
     qk_norm_rope_store,
+    rms_norm_quant,
     rope_hadamard_quant,
     sparse_mla,
     topk_select,
 )
-from ..ops.block_fp8_linear import linear_fp32
-from ..ops.rms_norm_quant import rms_norm
 from .build import Build
+from .linear import Activation, Joint, Linear
 from .step import Step
 
+_MOST_LOGITS = 1 << 28
+"""Indexer scores held at once, 1 GiB: a prefill at a million tokens is scored in blocks of rows."""
 _INDEX_ROUNDING = {Precision.EXACT: "none", Precision.OFFICIAL: "fp4", Precision.SERVING: "fp8"}
 
 
@@ -38,11 +38,13 @@ class Compressor(nn.Module):
         self.ape = build.fp32(ratio, width)
         self.norm = build.norm(head_dim)
 
-    def forward(self, x: Tensor, step: Step, ring: Tensor, cache, rotate: bool) -> None:
-        """Stores the entries that `x` [T, d] completes."""
-        projected = torch.cat(
-            (linear_fp32(x, self.wkv.weight), linear_fp32(x, self.wgate.weight)), -1
-        )
+    @property
+    def matrices(self) -> tuple[Linear, Linear]:
+        """What a token is projected with."""
+        return self.wkv, self.wgate
+
+    def forward(self, projected: Tensor, step: Step, ring: Tensor, cache, rotate: bool) -> None:
+        """Stores the entries that the tokens of `projected` fp32 [T, 2·width] complete."""
         cos, sin = step.rotations[self.ratio].entries
         compress(
             projected,
@@ -75,25 +77,24 @@ class Indexer(nn.Module):
         self.weights_proj = build.bf16(self.heads, geometry.hidden_size)
         self.compressor = Compressor(build, 4, self.dim)
 
-    def forward(self, x: Tensor, qr: Tensor, step: Step, layer: int) -> Tensor:
-        """Entry numbers int64 [T, k] for `x` [T, d] and low-rank queries `qr` [T, q], -1 past the
-        last."""
-        self.compressor(
-            x, step, step.caches.index_ring[layer], step.caches.index[layer], rotate=True
-        )
-        plan = step.plan
-        visible = plan.visible(4)
-        entries = plan.max_seq_len // 4
-        if entries <= self.topk:
-            return topk_select(
-                qr.new_zeros(qr.shape[0], entries, dtype=torch.float32), visible, self.topk
-            )
-        q = self.wq_b(qr).unflatten(-1, (self.heads, self.dim))
-        weights = linear_fp32(x, self.weights_proj.weight) * (self.dim**-0.5 * self.heads**-0.5)
+    def forward(self, q: Tensor, weights: Tensor, step: Step, layer: int) -> Tensor:
+        """Slots int64 [T, k] of the chosen entries for queries `q` [T, n·128] and head weights
+        `weights` fp32 [T, n], as projected; -1 past the last."""
+        q = q.unflatten(-1, (self.heads, self.dim))
         q, weights = rope_hadamard_quant(q, weights, *step.rotations[4].rows, self.rounding)
-        return topk_select(
-            indexer_logits(q, weights, step.caches.index[layer], plan), visible, self.topk
-        )
+        plan, cache = step.plan, step.caches.index[layer]
+        tokens, entries = q.shape[0], plan.max_seq_len // 4
+        block = max(1, _MOST_LOGITS // max(entries, 1))
+        if tokens <= block:
+            logits = indexer_logits(q, weights, cache, plan)
+            return topk_select(logits, step.visible, self.topk, plan)
+        chosen = []
+        for start in range(0, tokens, block):
+            rows = slice(start, start + block)
+            part = plan.rows(rows)
+            logits = indexer_logits(q[rows], weights[rows], cache, part)
+            chosen.append(topk_select(logits, step.visible[rows], self.topk, part))
+        return torch.cat(chosen)
 
 
 class Attention(nn.Module):
@@ -127,30 +128,51 @@ class Attention(nn.Module):
             self.compressor = Compressor(build, self.ratio, self.head_dim)
         if self.ratio == 4:
             self.indexer = Indexer(build)
+        self._join(build)
 
-    def _compressed_slots(self, x: Tensor, qr: Tensor, step: Step) -> Tensor | None:
+    def _join(self, build: Build) -> None:
+        """Puts the matrices that share an input side by side in memory."""
+        self._low_rank = Joint(self.wq_a, self.wkv)
+        queries, projections, widths = [self.wq_b], [], []
+        if self.ratio:
+            projections += self.compressor.matrices
+            widths.append(2 * self.compressor.ape.shape[1])
+        if self.ratio == 4:
+            queries.append(self.indexer.wq_b)
+            projections += [*self.indexer.compressor.matrices, self.indexer.weights_proj]
+            widths += [2 * self.indexer.compressor.ape.shape[1], self.indexer.heads]
+        self._queries = Joint(*queries)
+        self._projections = Joint(*projections, parts=tuple(widths)) if projections else None
+        self._keep = "fp8" if build.packed else "normed"
+
+    def _compressed_slots(
+        self, projected: tuple[Tensor, ...], q: list, step: Step
+    ) -> Tensor | None:
         """Writes this step's entries and returns the slots int64 [T, k] each row attends to, -1
-        where none."""
+        where none. `projected` and `q` are what the joint products gave for compressor and
+        indexer."""
         if not self.ratio:
             return None
-        plan, caches = step.plan, step.caches
-        self.compressor(
-            x, step, caches.ring[self.layer], caches.compressed[self.layer], rotate=False
-        )
+        plan, caches, layer = step.plan, step.caches, self.layer
+        self.compressor(projected[0], step, caches.ring[layer], caches.compressed[layer], False)
         if self.ratio == 128:
             return plan.dense_slots
-        entries = self.indexer(x, qr, step, self.layer)
-        slots = entry_slots(plan.page_table[plan.request], entries.clamp_min(0), 4)
-        return slots.masked_fill(entries < 0, -1)
+        self.indexer.compressor(
+            projected[1], step, caches.index_ring[layer], caches.index[layer], True
+        )
+        return self.indexer(*q, projected[2], step, layer)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Activation, step: Step) -> Tensor:
         """[T, d] of normed `x` [T, d]."""
         cos, sin = step.rotations[self.ratio].rows
         caches, plan = step.caches, step.plan
-        qr = rms_norm(self.wq_a(x), self.q_norm.weight, self.eps)
+        low, kv = self._low_rank(x)
+        q, *index_q = self._queries(
+            Activation(*rms_norm_quant(low, self.q_norm.weight, self.eps, self._keep))
+        )
         q = qk_norm_rope_store(
-            self.wq_b(qr).unflatten(-1, (self.heads, self.head_dim)),
-            self.wkv(x),
+            q.unflatten(-1, (self.heads, self.head_dim)),
+            kv,
             self.kv_norm.weight,
             self.eps,
             cos,
@@ -158,7 +180,8 @@ class Attention(nn.Module):
             plan.window_write,
             caches.window[self.layer],
         )
-        slots = self._compressed_slots(x, qr, step)
+        projected = self._projections.fp32(x.values) if self.ratio else ()
+        slots = self._compressed_slots(projected, index_q, step)
         o = sparse_mla(
             q,
             caches.window[self.layer],
@@ -170,5 +193,6 @@ class Attention(nn.Module):
             cos,
             sin,
         )
-        z = grouped_output(o, self.wo_a.weight, self.wo_a.scale, self.groups)
-        return self.all_reduce(block_fp8_linear(z, self.wo_b.weight, self.wo_b.scale))
+        quantize = self.wo_b.scale is not None
+        z = grouped_output(o, self.wo_a.weight, self.wo_a.scale, self.groups, quantize)
+        return self.all_reduce(self.wo_b(Activation(None, *z) if quantize else z))

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..ops import moe, route, shared_expert
 from .build import Build
+from .linear import Activation
 from .step import Step
 
 
@@ -67,8 +68,9 @@ class FeedForward(nn.Module):
         # Where the same processes hold shares of both, what they hold is added before it is sent.
         self._together = parallel.shared.size == parallel.expert.size * parallel.expert_tensor.size
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Activation, step: Step) -> Tensor:
         """[T, d] of normed `x` [T, d]; sums are fp32, and one all-reduce adds up both shares."""
+        x = x.values
         gate, experts, shared = self.gate, self.experts, self.shared_experts
         weights, chosen = route(
             x, gate.weight, gate.bias, gate.tid2eid, step.token_ids, self.topk, self.scaling

@@ -29,6 +29,8 @@ class Step:
     plan: StepPlan
     caches: Caches
     rotations: dict[int, Rotation]
+    visible: Tensor | None = None
+    """int64 [T]: ratio-4 entries that each row sees; a draft has no layer that asks."""
 
 
 def rotations(plan: StepPlan, frequencies: dict[int, Tensor]) -> dict[int, Rotation]:

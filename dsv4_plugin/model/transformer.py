@@ -6,14 +6,15 @@ Parameter paths are the released tensor names, routed experts aside, which are s
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cache import Caches
 from ..config import Geometry, Precision
-from ..ops import mhc_head, mhc_post, mhc_pre
-from ..ops.block_fp8_linear import linear_fp32
+from ..ops import linear_fp32, mhc_head, mhc_post, mhc_post_pre, mhc_pre
 from ..ops.operator import HERE, enter_step
 from ..ops.rms_norm_quant import rms_norm
 from ..ops.rope import inverse_frequencies
@@ -22,7 +23,18 @@ from ..parallel import Parallel
 from .attention import Attention
 from .build import Build
 from .feed_forward import FeedForward
+from .linear import Activation
 from .step import Step, rotations
+
+
+class Mixing(NamedTuple):
+    """A sub-layer's output `y` [T, d] that the `streams` [T, n, d] before it do not hold yet, with
+    `post` [T, n] and `comb` [T, n, n] to mix it in."""
+
+    y: Tensor
+    streams: Tensor
+    post: Tensor
+    comb: Tensor
 
 
 class Block(nn.Module):
@@ -33,6 +45,7 @@ class Block(nn.Module):
         geometry = build.geometry
         n, d = geometry.hc_mult, geometry.hidden_size
         self.layer, self.ratio = layer, geometry.compress_ratios[layer]
+        self.packed = build.packed
         self.iterations, self.hc_eps, self.eps = (
             geometry.hc_sinkhorn_iters,
             geometry.hc_eps,
@@ -47,17 +60,24 @@ class Block(nn.Module):
 
     def forward(self, streams: Tensor, step: Step) -> Tensor:
         """Streams [T, 4, d] after the layer."""
+        return mhc_post(*self.advance(streams, step))
+
+    def advance(self, state: Tensor | Mixing, step: Step) -> Mixing:
+        """What is left to mix after the layer, for the streams before it or what the layer before
+        it left."""
         HERE.layer, HERE.ratio = self.layer, self.ratio
         for norm, layer, fn, base, scale in (
             (self.attn_norm, self.attn, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale),
             (self.ffn_norm, self.ffn, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale),
         ):
-            x, post, comb = mhc_pre(
-                streams, fn, base, scale, self.iterations, self.hc_eps, self.eps
-            )
-            y = layer(rms_norm(x, norm.weight, self.eps), step)
-            streams = mhc_post(y, streams, post, comb)
-        return streams
+            site = (fn, base, scale, norm.weight, self.iterations, self.hc_eps, self.eps)
+            if isinstance(state, Mixing):
+                streams, *entry = mhc_post_pre(*state, *site, self.packed)
+            else:
+                streams, entry = state, mhc_pre(state, *site, self.packed)
+            x, codes, x_scale, post, comb = entry
+            state = Mixing(layer(Activation(x, codes, x_scale), step), streams, post, comb)
+        return state
 
 
 class HeadCollapse:
@@ -73,14 +93,23 @@ class HeadCollapse:
 
     def collapsed(self, streams: Tensor) -> Tensor:
         """One stream [T, d] of `streams` [T, 4, d], in their dtype."""
-        HERE.layer = HERE.ratio = -1
-        return mhc_head(
-            streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.hc_eps, self.eps
-        )
+        return self._head(streams, None)
 
     def collapse(self, streams: Tensor) -> Tensor:
         """Input of the head [T, d] of `streams` [T, 4, d], in their dtype."""
-        return rms_norm(self.collapsed(streams), self.norm.weight, self.eps)
+        return self._head(streams, self.norm.weight)
+
+    def _head(self, streams: Tensor, weight: Tensor | None) -> Tensor:
+        HERE.layer = HERE.ratio = -1
+        return mhc_head(
+            streams,
+            self.hc_head_fn,
+            self.hc_head_base,
+            self.hc_head_scale,
+            weight,
+            self.hc_eps,
+            self.eps,
+        )
 
 
 class MTPBlock(Block, HeadCollapse):
@@ -143,7 +172,7 @@ class DeepseekV4(nn.Module, HeadCollapse):
         frequencies = {ratio: getattr(self, f"frequencies_{ratio}") for ratio in ratios}
         # What pads a batch writes to slot 0, which belongs to nobody.
         routed = token_ids.masked_fill(plan.window_write <= 0, -1)
-        return Step(routed, plan, caches, rotations(plan, frequencies))
+        return Step(routed, plan, caches, rotations(plan, frequencies), plan.visible(4))
 
     def embedded(self, token_ids: Tensor) -> Tensor:
         """Embeddings [T, d] of `token_ids` int64 [T]."""
@@ -164,11 +193,14 @@ class DeepseekV4(nn.Module, HeadCollapse):
         step = self._step(token_ids, plan, caches)
         streams = self.embedded(token_ids).unsqueeze(1).expand(-1, self.geometry.hc_mult, -1)
         tapped = self.geometry.dspark.target_layer_ids if taps is not None else ()
+        state = streams
         for layer in self.layers:
-            streams = layer(streams, step)
+            state = layer.advance(state, step)
             if layer.layer in tapped:
-                taps.append(streams.mean(1))
-        return streams
+                state = mhc_post(*state)
+                taps.append(state.mean(1))
+        HERE.layer = HERE.ratio = -1
+        return mhc_post(*state) if isinstance(state, Mixing) else state
 
     def draft(
         self,

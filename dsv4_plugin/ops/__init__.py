@@ -1,11 +1,11 @@
 """Operators: what each computes, its torch reference, and its implementations. One file an
 operator."""
 
-from .block_fp8_linear import block_fp8_linear
+from .block_fp8_linear import block_fp8_linear, linear_fp32
 from .compress import compress
 from .grouped_output import grouped_output
 from .indexer_logits import indexer_logits
-from .mhc import mhc_head, mhc_post, mhc_pre
+from .mhc import mhc_head, mhc_post, mhc_post_pre, mhc_pre
 from .moe import moe
 from .qk_norm_rope_store import qk_norm_rope_store
 from .rms_norm_quant import rms_norm_quant
@@ -24,8 +24,10 @@ __all__ = [
     "compress",
     "grouped_output",
     "indexer_logits",
+    "linear_fp32",
     "mhc_head",
     "mhc_post",
+    "mhc_post_pre",
     "mhc_pre",
     "moe",
     "qk_norm_rope_store",

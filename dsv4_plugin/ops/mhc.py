@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operator import operator
+from ..formats import quantize_fp8
+from .operator import Implementation, operator
+from .rms_norm_quant import rms_norm
 
 
 def _mixes(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
@@ -34,22 +38,32 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     return c.permute(2, 0, 1).contiguous()
 
 
+def _normed(
+    u: Tensor, weight: Tensor, eps: float, quantize: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """RMSNorm of `u` [T, d], and with `quantize` its FP8 in blocks of 128."""
+    x = rms_norm(u, weight, eps)
+    return x, *(quantize_fp8(x, 128) if quantize else (None, None))
+
+
 @operator
 def mhc_pre(
     streams: Tensor,
     fn: Tensor,
     base: Tensor,
     scale: Tensor,
+    norm_weight: Tensor,
     iterations: int,
     eps: float,
     norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a sub-layer reads and how its output returns: (input [T, d], post [T, n], comb [T, n,
-    n]).
+    quantize: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """What a sub-layer reads and how its output returns: (input [T, d], its e4m3 codes [T, d], their
+    fp32 scales [T, d/128], post [T, n], comb [T, n, n]).
 
     `streams` [T, n, d]; `fn` fp32 [2n + n², n·d], `base` fp32 [2n + n²], `scale` fp32 [3]. The
-    input has the dtype of the streams, `post` and `comb` are fp32; `comb` comes from Sinkhorn
-    iterations.
+    collapsed streams, in their dtype, are normed with `norm_weight` [d]; codes and scales are None
+    without `quantize`. `post` and `comb` are fp32; `comb` comes from Sinkhorn iterations.
     """
     n = streams.shape[1]
     m = _mixes(streams, fn, norm_eps)
@@ -58,7 +72,7 @@ def mhc_pre(
     comb = sinkhorn(
         (m[:, 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n)), iterations, eps
     )
-    return _collapse(pre, streams), post, comb
+    return *_normed(_collapse(pre, streams), norm_weight, norm_eps, quantize), post, comb
 
 
 @operator
@@ -73,9 +87,77 @@ def mhc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
 
 
 @operator
+def mhc_post_pre(
+    y: Tensor,
+    streams: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    quantize: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """The boundary of two sub-layers: mhc_post of the one that gave `y`, then mhc_pre of the next.
+
+    Returns the streams [T, n, d] between them and what mhc_pre returns.
+    """
+    streams = mhc_post.reference(y, streams, post, comb)
+    return streams, *mhc_pre.reference(
+        streams, fn, base, scale, norm_weight, iterations, eps, norm_eps, quantize
+    )
+
+
+@operator
 def mhc_head(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float
+    streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    norm_eps: float,
 ) -> Tensor:
-    """The streams [T, n, d] collapsed to [T, d] before the head; `fn` fp32 [n, n·d], `base` [n],
-    `scale` [1]."""
-    return _collapse(torch.sigmoid(_mixes(streams, fn, norm_eps) * scale + base) + eps, streams)
+    """The streams [T, n, d] collapsed to [T, d] before the head, and normed where `norm_weight` [d]
+    is given; `fn` fp32 [n, n·d], `base` [n], `scale` [1]."""
+    pre = torch.sigmoid(_mixes(streams, fn, norm_eps) * scale + base) + eps
+    u = _collapse(pre, streams)
+    return u if norm_weight is None else rms_norm(u, norm_weight, norm_eps)
+
+
+def _lacks(streams: Tensor) -> str | None:
+    """Why kernels cannot take `streams`, or None."""
+    if streams.dtype != torch.bfloat16:
+        return f"the streams are {streams.dtype}, not bfloat16"
+    _, n, dim = streams.shape
+    if n != 4:
+        return f"there are {n} streams, not 4"
+    return f"{dim} channels are no multiple of 128" if dim % 128 else None
+
+
+def _first_streams(streams: Tensor, *_: Any, **__: Any) -> str | None:
+    return _lacks(streams)
+
+
+def _second_streams(y: Tensor, streams: Tensor, *_: Any, **__: Any) -> str | None:
+    return _lacks(streams)
+
+
+for _operator, _requires in (
+    (mhc_pre, _first_streams),
+    (mhc_post, _second_streams),
+    (mhc_post_pre, _second_streams),
+    (mhc_head, _first_streams),
+):
+    _operator.add(
+        Implementation(
+            "triton",
+            f"dsv4_plugin.kernels.triton.mhc:{_operator.name}",
+            packages=("triton",),
+            fp8=_operator in (mhc_pre, mhc_post_pre),
+            requires=_requires,
+        )
+    )

@@ -212,6 +212,14 @@ class Operator:
             self._give_up(choice.implementation, reason, error)
         return self(*args, **kwargs)
 
+    def offers_kernel(self) -> bool:
+        """Whether the flags and this machine leave an implementation other than the reference."""
+        wanted = flags.implementation(self.name).value
+        return any(
+            wanted in (AUTO, name) and implementation.unavailable() is None
+            for name, implementation in self.implementations.items()
+        )
+
     def configure(self) -> None:
         """Reads the operator's flags anew and forgets earlier choices.
 

@@ -16,11 +16,13 @@ def rope_hadamard_quant(
 ) -> tuple[Tensor, Tensor]:
     """Queries [T, n, 128] and head weights fp32 [T, n] as indexer_logits takes them.
 
-    `q` [T, n, 128]; `weights` fp32 [T, n]; `cos`, `sin` [T, 32]. `rounding` is "none" or "fp4"
+    `q` [T, n, 128]; `weights` fp32 [T, n] as projected, which get the factor 128^-0.5 · n^-0.5;
+    `cos`, `sin` [T, 32]. `rounding` is "none" or "fp4"
     (blocks of 32, as trained), which give fp32 queries, or "fp8" (one scale a head, as the packed
     index cache), which gives e4m3 queries; their scale, a positive power of two, then is in the
     weights: w · relu(s·q · k) = (w·s) · relu(q · k).
     """
+    weights = weights * (q.shape[-1] ** -0.5 * q.shape[-2] ** -0.5)
     rotated = hadamard(apply_rope(q, cos, sin))
     if rounding == "fp8":
         values, scale = quantize_fp8(rotated, rotated.shape[-1])

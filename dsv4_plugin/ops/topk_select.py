@@ -5,17 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..cache.layout import entry_slots
+from ..cache.step_plan import StepPlan
 from .operator import Implementation, operator
 
 
-@operator(varying=(1,))
-def topk_select(logits: Tensor, visible: Tensor, topk: int) -> Tensor:
+@operator
+def topk_select(logits: Tensor, visible: Tensor, topk: int, plan: StepPlan | None = None) -> Tensor:
     """Entry numbers int64 [T, min(topk, E)] of the largest `logits` fp32 [T, E], ascending, -1 past
-    the last.
+    the last; with `plan` the ratio-4 slots of those entries.
 
     Only the first `visible` [T] entries of a row count; a row that sees no more than `topk` selects
     all of them. Equal logits at the border go to the lowest entry numbers.
     """
+    numbers = _numbers(logits, visible, topk)
+    if plan is None:
+        return numbers
+    slots = entry_slots(plan.page_table[plan.request], numbers.clamp_min(0), 4)
+    return slots.masked_fill(numbers < 0, -1)
+
+
+def _numbers(logits: Tensor, visible: Tensor, topk: int) -> Tensor:
     entries = logits.shape[1]
     number = torch.arange(entries, device=logits.device)
     seen = number < visible.unsqueeze(-1)

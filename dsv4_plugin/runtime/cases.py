@@ -206,6 +206,7 @@ def _norm(d: Data):
                 d.rows(d.geometry.hidden_size),
                 d.normal(d.geometry.hidden_size, mean=1.0, std=0.1),
                 1e-6,
+                "both",
             )
         ),
     )
@@ -217,6 +218,7 @@ def _linear(d: Data):
         ("wq_a", g.q_lora_rank, g.hidden_size),
         ("wq_b", d.size.heads * 512, g.q_lora_rank),
         ("wkv", 512, g.hidden_size),
+        ("few results of many channels", 256, 1536),
     ):
         yield (
             label,
@@ -225,6 +227,14 @@ def _linear(d: Data):
                 *d.fp8_weight(outputs, inputs),
             ),
         )
+
+
+def _linear_fp32(d: Data):
+    g = d.geometry
+    yield (
+        "compressor and indexer",
+        lambda: (d.rows(g.hidden_size), d.normal(2624, g.hidden_size, std=g.hidden_size**-0.5)),
+    )
 
 
 def _store(d: Data):
@@ -348,40 +358,43 @@ def _output(d: Data):
     yield "wo_a", make
 
 
-def _mhc_parameters(d: Data, outputs: int, scales: int) -> tuple[Tensor, Tensor, Tensor]:
-    width = 4 * d.geometry.hidden_size
-    fp32 = torch.float32
+def _mhc_parameters(d: Data, outputs: int, scales: int) -> tuple[Tensor, ...]:
+    width, fp32 = 4 * d.geometry.hidden_size, torch.float32
     return (
         d.normal(outputs, width, dtype=fp32, std=width**-0.5),
         d.normal(outputs, dtype=fp32, std=0.4),
         d.normal(scales, dtype=fp32, mean=1.0, std=0.3),
+        d.normal(d.geometry.hidden_size, mean=1.0, std=0.1),
     )
+
+
+_SITE = (20, 1e-6, 1e-6, True)
 
 
 def _mhc_pre(d: Data):
     yield (
         "site",
-        lambda: (
-            d.rows(4, d.geometry.hidden_size),
-            *_mhc_parameters(d, 24, 3),
-            20,
-            1e-6,
-            1e-6,
-        ),
+        lambda: (d.rows(4, d.geometry.hidden_size), *_mhc_parameters(d, 24, 3), *_SITE),
+    )
+
+
+def _mhc_output(d: Data) -> tuple[Tensor, ...]:
+    """(y, streams, post, comb) of a sub-layer that ran."""
+    comb = d.normal(d.size.rows, 4, 4, dtype=torch.float32).softmax(-1)
+    return (
+        d.rows(d.geometry.hidden_size),
+        d.rows(4, d.geometry.hidden_size),
+        d.normal(d.size.rows, 4, dtype=torch.float32).sigmoid(),
+        comb,
     )
 
 
 def _mhc_post(d: Data):
-    def make():
-        comb = d.normal(d.size.rows, 4, 4, dtype=torch.float32).softmax(-1)
-        return (
-            d.rows(d.geometry.hidden_size),
-            d.rows(4, d.geometry.hidden_size),
-            d.normal(d.size.rows, 4, dtype=torch.float32).sigmoid(),
-            comb,
-        )
+    yield "site", lambda: _mhc_output(d)
 
-    yield "site", make
+
+def _mhc_post_pre(d: Data):
+    yield "site", lambda: (*_mhc_output(d), *_mhc_parameters(d, 24, 3), *_SITE)
 
 
 def _mhc_head(d: Data):
@@ -468,6 +481,7 @@ def _greedy(d: Data):
 MAKERS: dict[str, Callable[[Data], Iterator[tuple[str, Callable[[], tuple]]]]] = {
     "rms_norm_quant": _norm,
     "block_fp8_linear": _linear,
+    "linear_fp32": _linear_fp32,
     "qk_norm_rope_store": _store,
     "rope_hadamard_quant": _index_query,
     "compress": _compress,
@@ -478,6 +492,7 @@ MAKERS: dict[str, Callable[[Data], Iterator[tuple[str, Callable[[], tuple]]]]] =
     "grouped_output": _output,
     "mhc_pre": _mhc_pre,
     "mhc_post": _mhc_post,
+    "mhc_post_pre": _mhc_post_pre,
     "mhc_head": _mhc_head,
     "route": _route,
     "moe": _moe,

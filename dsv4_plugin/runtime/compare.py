@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..cache.step_plan import StepPlan
+from ..formats import dequantize_fp8
 from ..ops.operator import OPERATORS, Operator
 
 
@@ -49,7 +50,14 @@ _FP8_INPUTS = {"block_fp8_linear", "grouped_output"}
 """Operators whose implementations may round their inputs to FP8, as their references say."""
 _FP8_INPUTS_TWICE = {"moe", "shared_expert"}
 """The same for two products that follow one another."""
-_FP8_OUTPUTS = {"qk_norm_rope_store", "compress", "rope_hadamard_quant", "rms_norm_quant"}
+_FP8_OUTPUTS = {
+    "qk_norm_rope_store",
+    "compress",
+    "rope_hadamard_quant",
+    "rms_norm_quant",
+    "mhc_pre",
+    "mhc_post_pre",
+}
 """Operators that store FP8: a value at the border of two codes may take either."""
 
 
@@ -102,6 +110,7 @@ def outcome(operator: Operator, result: Any, arguments: dict[str, Any]) -> dict[
     return {
         f"output {index}" if len(values) > 1 else "output": value.clone()
         for index, value in enumerate(values)
+        if value is not None
     }
 
 
@@ -137,14 +146,26 @@ def _compressed(result: None, a: dict[str, Any]) -> dict[str, Tensor]:
     return {"cache": a["cache"].load(rows.slots[rows.token >= 0]), "ring": a["ring"][kept].clone()}
 
 
-def _quantised(result: tuple[Tensor, Tensor, Tensor], a: dict[str, Any]) -> dict[str, Tensor]:
+def _codes(values: Tensor | None, scale: Tensor | None, name: str) -> dict[str, Tensor]:
+    """What FP8 `values` with `scale` stand for, where a call gave them."""
+    return {} if values is None else {name: dequantize_fp8(values, scale)}
+
+
+def _quantised(result: tuple, a: dict[str, Any]) -> dict[str, Tensor]:
     normed, values, scale = result
-    return {
-        "normed": normed,
-        "fp8": (
-            (values.float().unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
-        ),
-    }
+    return ({} if normed is None else {"normed": normed}) | _codes(values, scale, "fp8")
+
+
+def _grouped(result: Any, a: dict[str, Any]) -> dict[str, Tensor]:
+    return _codes(*result, "output") if isinstance(result, tuple) else {"output": result.clone()}
+
+
+def _entered(result: tuple, a: dict[str, Any]) -> dict[str, Tensor]:
+    *streams, x, values, scale, post, comb = result
+    found = {"input": x.clone(), "post": post.clone(), "comb": comb.clone()}
+    if streams:
+        found["streams"] = streams[0].clone()
+    return found | _codes(values, scale, "fp8")
 
 
 def _index_queries(result: tuple[Tensor, Tensor], a: dict[str, Any]) -> dict[str, Tensor]:
@@ -185,6 +206,9 @@ _VIEWS: dict[str, Callable[[Any, dict[str, Any]], dict[str, Tensor]]] = {
     "qk_norm_rope_store": _stored,
     "compress": _compressed,
     "rms_norm_quant": _quantised,
+    "grouped_output": _grouped,
+    "mhc_pre": _entered,
+    "mhc_post_pre": _entered,
     "rope_hadamard_quant": _index_queries,
     "indexer_logits": _seen_logits,
     "route": _routed,

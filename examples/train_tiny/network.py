@@ -26,7 +26,7 @@ from dsv4_plugin.formats import (
 )
 from dsv4_plugin.model import DeepseekV4
 from dsv4_plugin.model.attention import Attention, Compressor, Indexer
-from dsv4_plugin.model.linear import Linear
+from dsv4_plugin.model.linear import Activation, Linear
 from dsv4_plugin.ops import grouped_output
 from dsv4_plugin.ops.block_fp8_linear import linear_fp32
 from dsv4_plugin.ops.rms_norm_quant import rms_norm
@@ -143,8 +143,9 @@ class BlockAttention(Attention):
     """Attention of one layer over a batch of whole sequences; the class of trained layers in place
     of Attention."""
 
-    def forward(self, x: Tensor, lesson: Lesson) -> Tensor:
+    def forward(self, x: Activation, lesson: Lesson) -> Tensor:
         """[B·T, d] of normed `x` [B·T, d]; T is a multiple of 128."""
+        x = x.values
         batch, length = lesson.batch, lesson.length
         cos, sin = (part.repeat(batch, 1) for part in lesson.rotations[self.ratio])
         qr = rms_norm(self.wq_a(x), self.q_norm.weight, self.eps)

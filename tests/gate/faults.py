@@ -14,6 +14,7 @@ from importlib import import_module
 import torch
 
 from dsv4_plugin import formats
+from dsv4_plugin.cache.layout import entry_slots
 from dsv4_plugin.ops import operator as selection
 from dsv4_plugin.ops.operator import HERE
 
@@ -62,16 +63,13 @@ def next_entry_attended():
     """Entry j + 1 in place of j; the last visible one in place of what nobody wrote yet."""
 
     def mistaken(operator, choice, *args, **kwargs):
-        result = operator.reference(*args, **kwargs)
         if operator.name != "topk_select":
-            return result
-        visible = (
-            inspect.signature(operator.reference)
-            .bind(*args, **kwargs)
-            .arguments["visible"]
-            .unsqueeze(-1)
-        )
-        return torch.where(result < 0, result, torch.minimum(result + 1, visible - 1))
+            return operator.reference(*args, **kwargs)
+        a = inspect.signature(operator.reference).bind(*args, **kwargs).arguments
+        entries = operator.reference(a["logits"], a["visible"], a["topk"])
+        moved = torch.minimum(entries + 1, a["visible"].unsqueeze(-1) - 1).clamp_min(0)
+        slots = entry_slots(a["plan"].page_table[a["plan"].request], moved, 4)
+        return slots.masked_fill(entries < 0, -1)
 
     return selection.observed(mistaken)
 

@@ -58,9 +58,25 @@ def test_matches_reference(batch, heads, queries, monkeypatch):
     assert_same(make_case(*BATCHES[batch], heads=heads))
 
 
+@pytest.mark.parametrize("block", [1, 4, 9])
+def test_blocks_of_rows_give_the_whole(block, monkeypatch):
+    """A long prefill is scored in blocks of rows, which cut requests and groups of rows anywhere."""
+    monkeypatch.setattr(kernels, "_config", lambda phase: kernels.Config(2, 128, 4, 1, 3))
+    q, weights, cache, plan = make_case(*BATCHES["prefill after a prefix, odd groups"])
+    whole = indexer_logits.reference(q, weights, cache, plan)
+    for start in range(0, q.shape[0], block):
+        rows = slice(start, start + block)
+        part = (q[rows], weights[rows], cache, plan.rows(rows))
+        # the reference's sums have other lengths
+        torch.testing.assert_close(
+            indexer_logits.reference(*part), whole[rows], rtol=1e-4, atol=1e-4
+        )
+        assert_same(part)
+
+
 def test_fnuz_reading_of_the_same_bytes(monkeypatch):
     """gfx942 multiplies FNUZ numbers: half the value for the same byte, and NaN for that of -0."""
-    monkeypatch.setattr(kernels, "_is_fnuz", lambda: True)
+    monkeypatch.setattr(kernels, "is_fnuz", lambda: True)
     q, weights, cache, plan = make_case(*BATCHES["decode"])
     q[:, :, ::5] = -0.0
     cache.pages[1:, 0:8192:7] = 0x80

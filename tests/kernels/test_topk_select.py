@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from batches import Tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_plugin.kernels.triton import topk_select as kernels
-from dsv4_plugin.ops import topk_select
+from dsv4_plugin.ops import build_step_plan, topk_select
 
 
 def assert_same(logits: torch.Tensor, visible: list[int], topk: int) -> None:
@@ -128,3 +129,19 @@ def test_any_floats(data):
     )
     visible = [data.draw(st.integers(0, entries)) for _ in range(rows)]
     assert_same(logits, visible, data.draw(st.integers(1, 220)))
+
+
+@pytest.mark.parametrize("chunk", [16384, 512])
+def test_slots_of_a_plan(chunk, monkeypatch):
+    """Rows of two requests on shuffled pages: the reference's numbers through its page table."""
+    monkeypatch.setattr(kernels, "_CHUNK", chunk)
+    prefix, counts = [2000, 3], [3, 2]
+    plan = build_step_plan.reference(**Tables(2, 2100).arguments(prefix, counts))
+    logits, seen = normal(5, plan.max_seq_len // 4), plan.visible(4)
+    got = topk_select.implementations["triton"].load()(logits, seen, 64, plan)
+    assert torch.equal(got, topk_select.reference(logits, seen, 64, plan))
+    numbers = topk_select.reference(logits, seen, 64)
+    for row, request in enumerate(plan.request.tolist()):
+        pages = plan.page_table[request].tolist()
+        want = [pages[n // 64] * 64 + n % 64 if n >= 0 else -1 for n in numbers[row].tolist()]
+        assert got[row].tolist() == want

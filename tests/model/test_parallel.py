@@ -13,6 +13,7 @@ from dsv4_plugin.checkpoint.load import load_checkpoint
 from dsv4_plugin.checkpoint.tiny import tiny_config, write_tiny
 from dsv4_plugin.config import Geometry, Precision
 from dsv4_plugin.model import DeepseekV4
+from dsv4_plugin.model.linear import Activation
 from dsv4_plugin.parallel import Group, Parallel, ParallelError
 from dsv4_plugin.runtime import Engine
 
@@ -152,7 +153,7 @@ def test_experts_are_summed_over_processes_once(directory, layout, sums):
 
     model = build(directory, Parallel(**{n: Group(0, 2, all_reduce) for n in LAYOUTS[layout]}))
     step = SimpleNamespace(token_ids=torch.arange(5))
-    model.layers[0].ffn(torch.randn(5, 128), step)
+    model.layers[0].ffn(Activation(torch.randn(5, 128)), step)
     assert sent == [torch.float32] * sums
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv4_plugin.formats import quantize_weight_fp8
-from dsv4_plugin.ops import block_fp8_linear
-from dsv4_plugin.ops.block_fp8_linear import linear_fp32
+from dsv4_plugin.formats import dequantize_fp8, quantize_fp8, quantize_weight_fp8
+from dsv4_plugin.ops import block_fp8_linear, linear_fp32
 
 
 def naive(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -53,6 +52,24 @@ def test_fp32_product_of_bf16_inputs_is_not_rounded():
     # fp32 sums, terms to 10
     torch.testing.assert_close(got.double(), x.double() @ weight.double().T, rtol=0, atol=1e-4)
     assert (got != got.bfloat16()).any()
+
+
+def test_fp8_inputs_stand_for_their_values():
+    weight, scale = quantize_weight_fp8(torch.randn(192, 256))
+    x, x_scale = quantize_fp8(torch.randn(5, 256), 128)
+    got = block_fp8_linear.reference(x, weight, scale, x_scale)
+    want = naive(dequantize_fp8(x, x_scale), weight, scale)
+    assert got.dtype == torch.bfloat16
+    # one rounding to bf16 of fp32 sums
+    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-4)
+
+
+def test_parts():
+    x, weight = torch.randn(4, 256), torch.randn(200, 256)
+    for run in (block_fp8_linear.reference, linear_fp32.reference):
+        parts = run(x, weight, parts=(128, 72))
+        assert [part.shape for part in parts] == [(4, 128), (4, 72)]
+        assert torch.equal(torch.cat(parts, -1), run(x, weight))
 
 
 def test_no_rows():

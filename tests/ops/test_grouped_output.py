@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv4_plugin.formats import dequantize_weight, quantize_weight_fp8
+from dsv4_plugin.formats import dequantize_weight, quantize_fp8, quantize_weight_fp8
 from dsv4_plugin.ops import grouped_output
 
 
@@ -38,6 +38,14 @@ def test_packed_weight():
     np.testing.assert_allclose(
         got.double().numpy(), naive(o, dequantize_weight(weight, scale), 2), atol=3e-4
     )
+
+
+def test_fp8_for_the_next_product():
+    o, weight = torch.randn(5, 4, 512), torch.randn(256, 1024)
+    z = grouped_output.reference(o, weight, None, 2)
+    codes, scale = grouped_output.reference(o, weight, None, 2, True)
+    want_codes, want_scale = quantize_fp8(z, 128)
+    assert torch.equal(codes.float(), want_codes.float()) and torch.equal(scale, want_scale)
 
 
 def test_no_rows():

@@ -46,7 +46,7 @@ def test_without_weight_and_in_bf16():
 def test_fp8_of_the_normed_rows(dtype):
     x, weight = torch.randn(5, 512).to(dtype), torch.randn(512).to(dtype)
     x[1] *= 1e-9  # amax below the floor of 1e-4
-    y, values, scale = rms_norm_quant.reference(x, weight, 1e-6)
+    y, values, scale = rms_norm_quant.reference(x, weight, 1e-6, "both")
     assert torch.equal(y, rms_norm(x, weight, 1e-6))
     for row in range(5):
         for block in range(4):
@@ -61,5 +61,16 @@ def test_fp8_of_the_normed_rows(dtype):
 
 
 def test_no_rows():
-    y, values, scale = rms_norm_quant.reference(torch.empty(0, 256), torch.ones(256), 1e-6)
+    y, values, scale = rms_norm_quant.reference(torch.empty(0, 256), torch.ones(256), 1e-6, "both")
     assert y.shape == values.shape == (0, 256) and scale.shape == (0, 2)
+
+
+def test_keeps_what_is_asked_for():
+    x, weight = torch.randn(3, 256), torch.rand(256)
+    both = rms_norm_quant.reference(x, weight, 1e-6, "both")
+    normed = rms_norm_quant.reference(x, weight, 1e-6, "normed")
+    fp8 = rms_norm_quant.reference(x, weight, 1e-6, "fp8")
+    assert torch.equal(normed[0], both[0]) and normed[1:] == (None, None)
+    assert fp8[0] is None and all(
+        torch.equal(a.float(), b.float()) for a, b in zip(fp8[1:], both[1:])
+    )

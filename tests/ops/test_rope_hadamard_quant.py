@@ -14,6 +14,8 @@ from scipy.linalg import hadamard
 from dsv4_plugin.ops import rope_hadamard_quant
 
 MATRIX = hadamard(128) / math.sqrt(128)
+FACTOR = 128**-0.5 * 4**-0.5
+"""Of the weights of four heads (docs/model.md §3.4)."""
 
 
 def turned(q: torch.Tensor, angle: torch.Tensor) -> np.ndarray:
@@ -35,7 +37,7 @@ def test_rotation_alone():
     got, same = rope_hadamard_quant.reference(q, weights, angle.cos(), angle.sin(), "none")
     # fp32 sums of 128 terms up to 5
     np.testing.assert_allclose(got.double().numpy(), turned(q, angle), atol=3e-6)
-    assert torch.equal(same, weights)
+    assert torch.equal(same, weights * FACTOR)
 
 
 def test_rotation_cancels_in_scores():
@@ -53,7 +55,7 @@ def test_fp4():
     q, weights, angle = inputs()
     exact, _ = rope_hadamard_quant.reference(q, weights, angle.cos(), angle.sin(), "none")
     got, same = rope_hadamard_quant.reference(q, weights, angle.cos(), angle.sin(), "fp4")
-    assert torch.equal(same, weights)
+    assert torch.equal(same, weights * FACTOR)
     for x, y in zip(exact.view(-1, 32).numpy(), got.view(-1, 32).numpy()):
         scale = 2.0 ** math.ceil(math.log2(np.abs(x).max() / 6))
         want = (x / scale).astype(ml_dtypes.float4_e2m1fn).astype(np.float32) * scale
@@ -69,7 +71,7 @@ def test_fp8_moves_the_scale_into_the_weights():
         for head in range(4):
             x = exact[t, head].numpy()
             scale = 2.0 ** math.ceil(math.log2(np.abs(x).max() / 448))
-            assert scaled[t, head] == weights[t, head] * scale
+            assert scaled[t, head] == weights[t, head] * FACTOR * scale
             codes = (x / np.float32(scale)).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
             assert np.array_equal(values[t, head].view(torch.uint8).numpy(), codes)
 

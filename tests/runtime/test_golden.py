@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dsv4_plugin.ops.operator import HERE, observed
 from dsv4_plugin.runtime import Engine
 
 from .golden import (
@@ -63,20 +64,14 @@ def last_streams_and_index_sets(golden, model, k: int) -> tuple[torch.Tensor, to
     there."""
     sets = torch.full((model.geometry.num_hidden_layers, model.geometry.index_topk), -1)
 
-    def keep(layer: int, chosen: torch.Tensor) -> None:
-        sets[layer] = chosen[-1]
+    def keep(operator, choice, *args):
+        if operator.name == "topk_select":
+            sets[HERE.layer] = operator.reference(*args[:3])[-1]
+        return operator.reference(*args)
 
-    hooks = [
-        layer.attn.indexer.register_forward_hook(lambda _, __, chosen, i=i: keep(i, chosen))
-        for i, layer in enumerate(model.layers)
-        if layer.ratio == 4
-    ]
     engine = Engine(model)
-    try:
+    with observed(keep):
         return engine.forward([(engine.open(), ids(golden, k))])[-1], sets
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @pytest.mark.parametrize("k", SEQUENCES)

@@ -124,11 +124,13 @@ def no_ape(patch, model):
 
 
 def mixing_transposed(patch, model):
-    replace(patch, transformer, "mhc_post", comb=lambda comb: comb.transpose(1, 2))
+    for operator in ("mhc_post", "mhc_post_pre"):
+        replace(patch, transformer, operator, comb=lambda comb: comb.transpose(1, 2))
 
 
 def one_sinkhorn_iteration(patch, model):
-    replace(patch, transformer, "mhc_pre", iterations=lambda iterations: 1)
+    for operator in ("mhc_pre", "mhc_post_pre"):
+        replace(patch, transformer, operator, iterations=lambda iterations: 1)
 
 
 def no_clamp(patch, model):

@@ -73,7 +73,7 @@ def test_references_alone_pass_with_nothing_compared(model):
         "qk_norm_rope_store",
         "moe",
         "route",
-        "mhc_post",
+        "mhc_post_pre",
         "indexer_logits",
         "topk_select",
         "grouped_output",

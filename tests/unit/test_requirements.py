@@ -88,6 +88,11 @@ def latent_cache(slots_per_page: int) -> PackedLatentCache:
     )
 
 
+def rows(*shape: int) -> torch.Tensor:
+    """Two rows of bf16."""
+    return torch.zeros(2, *shape, dtype=torch.bfloat16)
+
+
 DENSE = DenseLatentCache(4, rounded=False)
 WRONG = [
     (
@@ -115,6 +120,23 @@ WRONG = [
     ("qk_norm_rope_store", "triton", {"cache": DENSE}, "the window cache is a DenseLatentCache"),
     ("qk_norm_rope_store", "triton", {"q": torch.float32}, "q is torch.float32 and kv"),
     ("qk_norm_rope_store", "triton", {"kv": torch.float32}, "kv torch.float32, not bfloat16"),
+    ("block_fp8_linear", "triton", {"scale": None}, "the weight is dense"),
+    ("block_fp8_linear", "triton", {"x": torch.float32}, "x is torch.float32, not bfloat16"),
+    ("block_fp8_linear", "triton", {"x": rows(200)}, "200 channels are no multiple of 128"),
+    ("linear_fp32", "triton", {"x": torch.float32}, "x is torch.float32 and the weight torch.bf"),
+    ("linear_fp32", "triton", {"weight": torch.float32}, "the weight torch.float32, not bfloat16"),
+    ("linear_fp32", "triton", {"x": rows(200)}, "200 channels are no multiple of 64"),
+    ("grouped_output", "triton", {"o": torch.float32}, "o is torch.float32, not bfloat16"),
+    ("grouped_output", "triton", {"groups": 4}, "a group has 64 results, no multiple of 128"),
+    ("rms_norm_quant", "triton", {"x": torch.float32}, "x is torch.float32, not bfloat16"),
+    ("rms_norm_quant", "triton", {"x": rows(200)}, "200 channels are no multiple of 128"),
+    ("rms_norm_quant", "triton", {"x": rows(256)[:, ::2]}, "channels of x do not lie side by side"),
+    ("mhc_pre", "triton", {"streams": torch.float32}, "the streams are torch.float32"),
+    ("mhc_pre", "triton", {"streams": rows(3, 512)}, "there are 3 streams, not 4"),
+    ("mhc_pre", "triton", {"streams": rows(4, 200)}, "200 channels are no multiple of 128"),
+    ("mhc_post", "triton", {"streams": torch.float32}, "the streams are torch.float32"),
+    ("mhc_post_pre", "triton", {"streams": rows(3, 512)}, "there are 3 streams, not 4"),
+    ("mhc_head", "triton", {"streams": rows(4, 200)}, "200 channels are no multiple of 128"),
     ("rope_hadamard_quant", "triton", {"rounding": "fp4"}, "rounding is fp4, not fp8"),
     ("rope_hadamard_quant", "triton", {"rounding": "none"}, "rounding is none, not fp8"),
     ("rope_hadamard_quant", "triton", {"q": torch.float32}, "q is torch.float32, not bfloat16"),

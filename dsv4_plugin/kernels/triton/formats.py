@@ -69,3 +69,21 @@ def to_fp8_bytes(x):
         code = tl.where(magnitude < (121 << 23), subnormal, normal)
         return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
     return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+
+def is_fnuz() -> bool:
+    """Whether the chip's matrix units take FP8 in the FNUZ format only."""
+    return device.arch().startswith("gfx94")
+
+
+@triton.jit
+def fp8_operand(x, FNUZ: tl.constexpr):
+    """e4m3 `x` as an operand; with FNUZ from its bytes, in the format of gfx942, where they mean
+    half of the value.
+
+    The one exception is the byte of -0, which is NaN there.
+    """
+    if FNUZ:
+        return tl.where(x == 0x80, 0, x).to(tl.uint8).to(tl.float8e4b8, bitcast=True)
+    else:
+        return x

@@ -25,6 +25,7 @@ from ... import device
 from ...cache import layout
 from ...cache.step_plan import StepPlan
 from ...cache.stores import PackedIndexCache
+from .formats import fp8_operand, is_fnuz
 
 _RATIO = tl.constexpr(4)
 _DIM = tl.constexpr(layout.INDEX_DIM)
@@ -60,11 +61,6 @@ def _config(phase: str) -> Config:
     return CONFIGS["sm" if device.arch().startswith("sm_") else "gfx", phase]
 
 
-def _is_fnuz() -> bool:
-    """Whether the chip's matrix units take FP8 in the FNUZ format only."""
-    return device.arch().startswith("gfx94")
-
-
 @triton.jit
 def _tiles(position, query, row, tokens, QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr):
     """Tiles that start at each of `row`: none unless it leads a group of QUERIES rows of its
@@ -96,19 +92,6 @@ def _share(
         before = tl.maximum(before, tl.max(tl.where(end <= first, end, 0), 0))
         done += tl.sum(tiles, 0)
     return row, first - before, tl.minimum(share, total - first)
-
-
-@triton.jit
-def _operand(x, FNUZ: tl.constexpr):
-    """e4m3 `x` as an operand; with FNUZ from its bytes, in the format of gfx942, where they mean
-    half of the value.
-
-    The one exception is the byte of -0, which is NaN there.
-    """
-    if FNUZ:
-        return tl.where(x == 0x80, 0, x).to(tl.uint8).to(tl.float8e4b8, bitcast=True)
-    else:
-        return x
 
 
 @triton.jit
@@ -147,7 +130,7 @@ def _score(
     column, channel = tl.arange(0, QUERIES * BLOCK_HEADS), tl.arange(0, _DIM)
     real = (column // BLOCK_HEADS < count) & (column % BLOCK_HEADS < HEADS)
     at = (row + column // BLOCK_HEADS) * HEADS + column % BLOCK_HEADS
-    query = _operand(
+    query = fp8_operand(
         tl.load(q + at[None, :] * _DIM + channel[:, None], mask=real[None, :], other=0.0), FNUZ
     )
     weight = tl.load(weights + at, mask=real, other=0.0) * (4.0 if FNUZ else 1.0)
@@ -157,7 +140,7 @@ def _score(
         # need no mask.
         page = tl.load(page_row + entry // _PAGE_ENTRIES, mask=entry < most, other=0)
         start, within = page * page_bytes, entry % _PAGE_ENTRIES
-        key = _operand(tl.load(keys + (start + within * _DIM)[:, None] + channel[None, :]), FNUZ)
+        key = fp8_operand(tl.load(keys + (start + within * _DIM)[:, None] + channel[None, :]), FNUZ)
         scale = tl.load(key_scales + (start + _PAGE_ENTRIES * _DIM) // 4 + within)
         score = _relu(tl.dot(key, query)) * weight[None, :]
         score = tl.sum(tl.reshape(score, (BLOCK_KEYS, QUERIES, BLOCK_HEADS)), 2) * scale[:, None]
@@ -238,7 +221,7 @@ def indexer_logits(q: Tensor, weights: Tensor, cache: PackedIndexCache, plan: St
     entries = plan.max_seq_len // 4
     logits = torch.empty(tokens, entries, dtype=torch.float32, device=q.device)
     if logits.numel():
-        config, pages, fnuz = _config(plan.phase), cache.pages, _is_fnuz()
+        config, pages, fnuz = _config(plan.phase), cache.pages, is_fnuz()
         codes = torch.uint8 if fnuz else torch.float8_e4m3fn
         indexer_logits_kernel[(_programs(config, tokens, entries, q.device),)](
             q.contiguous().view(codes),

@@ -38,7 +38,7 @@ def _hadamard_rows(x, ROWS: tl.constexpr):
 
 @triton.jit
 def rope_hadamard_quant_kernel(
-    q, weights, cos, sin, out, out_weights, rows, heads, BLOCK_ROWS: tl.constexpr
+    q, weights, cos, sin, out, out_weights, rows, heads, factor, BLOCK_ROWS: tl.constexpr
 ):
     """Grid (ceil(T·heads / BLOCK_ROWS)): a row is one head of one token."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -52,7 +52,7 @@ def rope_hadamard_quant_kernel(
     scale, inverse, _ = fp8_scale(tl.max(tl.abs(x), 1))
     tl.store(out + at, to_fp8_bytes(x * inverse[:, None]), mask=inside[:, None])
     weight = tl.load(weights + row, mask=inside, other=0.0)
-    tl.store(out_weights + row, weight * scale, mask=inside)
+    tl.store(out_weights + row, weight * factor * scale, mask=inside)
 
 
 def rope_hadamard_quant(
@@ -73,6 +73,7 @@ def rope_hadamard_quant(
             out_weights,
             rows,
             q.shape[1],
+            q.shape[2] ** -0.5 * q.shape[1] ** -0.5,
             BLOCK_ROWS=_BLOCK_ROWS,
             num_warps=4,
         )

@@ -7,6 +7,9 @@ candidates are selected from in turn: since both steps keep the lowest numbers a
 the whole. Nothing depends on timing, nothing is atomic. How many candidates a row has follows from
 the entries it sees, so chunks past those end at once.
 
+The last selection hands out slots: it turns each number it keeps by the page table, k loads a row,
+where a gather afterwards took a copy of the whole table for every row.
+
 Byte floor of a row: 4 for each entry it sees, 8·k written. A candidate adds 12 bytes, its number is
 read only where it is kept (k = 1024: 0.75 bytes an entry of full chunks, a fifth of the floor).
 """
@@ -18,6 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...cache.layout import INDEX_PAGE_ENTRIES
+from ...cache.step_plan import StepPlan
+
+_PAGE_ENTRIES = tl.constexpr(INDEX_PAGE_ENTRIES)
 _CHUNK = 16384
 _LEAST_BLOCK = 1024
 _LOWEST = tl.constexpr(-(1 << 31))  # below the key of every value
@@ -91,13 +98,19 @@ def topk_select_kernel(
     stride,
     out_stride,
     topk,
+    request,
+    page_table,
+    pages,
     LEVEL: tl.constexpr,
     FINAL: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     """Grid (T, chunks): keeps the `topk` largest of a chunk of BLOCK values, in order, or all when
     there are fewer.
+
+    With SLOTS the numbers written are the entries' slots by the page table of the row's request.
 
     `values` are fp32 at LEVEL 0 and the int32 keys of candidates after that.
     """
@@ -127,10 +140,14 @@ def topk_select_kernel(
             number = tl.load(numbers + row * stride + begin + at, mask=kept, other=0)
         if not FINAL:
             tl.store(out_keys + out + place, key, mask=kept)
-        tl.store(out_numbers + out + place, number.to(out_numbers.dtype.element_ty), mask=kept)
+        number = number.to(out_numbers.dtype.element_ty)
+        if SLOTS:
+            page = page_table + tl.load(request + row) * pages + number // _PAGE_ENTRIES
+            number = tl.load(page, mask=kept, other=0) * _PAGE_ENTRIES + number % _PAGE_ENTRIES
+        tl.store(out_numbers + out + place, number, mask=kept)
 
 
-def topk_select(logits: Tensor, visible: Tensor, topk: int) -> Tensor:
+def topk_select(logits: Tensor, visible: Tensor, topk: int, plan: StepPlan | None = None) -> Tensor:
     """The operator of the same name; reads no logit that a row does not see."""
     tokens, entries = logits.shape
     topk = min(topk, entries)
@@ -138,6 +155,11 @@ def topk_select(logits: Tensor, visible: Tensor, topk: int) -> Tensor:
     if not out.numel():
         return out
     values, numbers, level = logits, out, 0
+    tables = (
+        (out, out, 0)
+        if plan is None
+        else (plan.request, plan.page_table, plan.page_table.stride(0))
+    )
     while entries > _CHUNK:
         chunks = triton.cdiv(entries, _CHUNK)
         kept_keys = torch.empty(tokens, chunks * topk, dtype=torch.int32, device=logits.device)
@@ -151,10 +173,12 @@ def topk_select(logits: Tensor, visible: Tensor, topk: int) -> Tensor:
             values.stride(0),
             kept_keys.stride(0),
             topk,
+            *tables,
             LEVEL=level,
             FINAL=False,
             CHUNK=_CHUNK,
             BLOCK=_CHUNK,
+            SLOTS=False,
             num_warps=16,
         )
         values, numbers, level, entries = kept_keys, kept_numbers, level + 1, chunks * topk
@@ -168,10 +192,12 @@ def topk_select(logits: Tensor, visible: Tensor, topk: int) -> Tensor:
         values.stride(0),
         out.stride(0),
         topk,
+        *tables,
         LEVEL=level,
         FINAL=True,
         CHUNK=_CHUNK,
         BLOCK=block,
+        SLOTS=plan is not None,
         num_warps=min(max(4, block // 512), 16),
     )
     return out
