@@ -31,6 +31,7 @@ class Sampling:
 class Seen(NamedTuple):
     """What the target computed in a step, for a draft to remember."""
 
+    sequences: list[Sequence]
     plan: StepPlan
     next_ids: Tensor
     """int64 [T]: the token that follows each row, where it is known."""
@@ -78,6 +79,39 @@ class DSparkDraft:
         hidden = stages(ids, model.embedded(ids), plan, self.engine.caches)
         proposal = stages.propose(hidden, anchors, model.logits, pick)
         return proposal.tokens, proposal.logits
+
+
+class MTPDraft:
+    """The MTP block of the releases of April, asked for `width` tokens one after the other: for
+    each further one its own streams take the place of the backbone's (docs/model.md §3.7)."""
+
+    def __init__(self, engine: Engine, width: int = 1):
+        self.engine, self.width = engine, width
+        self._last: dict[int, Tensor] = {}  # by request row: streams [4, d] after the last token
+
+    def observe(self, seen: Seen) -> None:
+        model, plan = self.engine.model, seen.plan
+        streams = model.draft(seen.next_ids, seen.streams, plan, self.engine.caches)
+        for index, sequence in enumerate(seen.sequences):
+            rows = ((plan.request == index) & seen.kept).nonzero().squeeze(-1)
+            self._last[sequence.row] = streams[rows[-1]]
+
+    def propose(
+        self, sequences: list[Sequence], anchors: Tensor, pick: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        engine, model = self.engine, self.engine.model
+        lengths = [sequence.length for sequence in sequences]
+        streams = torch.stack([self._last[sequence.row] for sequence in sequences])
+        tokens, logits = [], []
+        for step in range(self.width):
+            if step:
+                plan = engine.plan([(sequence, 1) for sequence in sequences])
+                streams = model.draft(tokens[-1], streams, plan, engine.caches)
+            logits.append(model.logits(model.mtp[0].collapse(streams)))
+            tokens.append(pick(logits[-1]))
+        for sequence, length in zip(sequences, lengths):
+            engine.cut(sequence, length)
+        return torch.stack(tokens, 1), torch.stack(logits, 1)
 
 
 @dataclass
@@ -144,7 +178,7 @@ class Speculation:
                 first = int(self._pick(engine.logits(streams[-1:]), self._law))
             following = engine.ids([*prompt[start + 1 : start + len(part) + 1], first])
             kept = torch.ones_like(plan.position, dtype=torch.bool)
-            self.draft.observe(Seen(plan, following[: len(part)], streams, taps, kept))
+            self.draft.observe(Seen([sequence], plan, following[: len(part)], streams, taps, kept))
         return first
 
     def _forward(self, plan: StepPlan, ids: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -182,4 +216,4 @@ class Speculation:
         following = torch.cat((drafted, drafted[:, :1]), 1)
         following = following.where(column != count, accepted.bonus.unsqueeze(1))
         kept = (column <= count).flatten()
-        self.draft.observe(Seen(plan, following.flatten(), streams, taps, kept))
+        self.draft.observe(Seen(sequences, plan, following.flatten(), streams, taps, kept))

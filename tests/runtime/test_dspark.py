@@ -66,7 +66,7 @@ def drafted(model, prompt: list[int], p: int, chunks: tuple[int, ...] = ()) -> D
             ids = engine.ids(prompt[start : start + size])
             streams = model(ids, plan, engine.caches, taps)
             kept = torch.ones(size, dtype=torch.bool)
-            draft.observe(Seen(plan, ids, streams, torch.cat(taps, -1), kept))
+            draft.observe(Seen([sequence], plan, ids, streams, torch.cat(taps, -1), kept))
             start += size
         engine.reserve([sequence], 6)
         anchors = engine.ids([prompt[p]])

@@ -20,7 +20,7 @@ from dsv4_plugin.config import Precision
 from dsv4_plugin.ops.accept import probabilities
 from dsv4_plugin.runtime import Engine
 from dsv4_plugin.runtime import engine as engine_module
-from dsv4_plugin.runtime.speculate import Continuation, DSparkDraft, Sampling, Speculation
+from dsv4_plugin.runtime.speculate import Continuation, DSparkDraft, MTPDraft, Sampling, Speculation
 
 from .conftest import load
 from .rows_alike import RowsAlike
@@ -206,6 +206,32 @@ def test_greedy_tokens_with_the_draft_are_those_without(model, greedy):
     assert [each.tokens for each in out] == greedy
     engine = drafting_engine(model)
     assert engine.generate(PROMPTS, NEW, draft=DSparkDraft(engine)) == greedy
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_greedy_tokens_with_the_older_draft_are_those_without(golden_model, golden, width):
+    """The golden checkpoint's MTP block. What it proposes first is what it was checked for
+    (test_golden.py): its logits in one prefill of all that it has read."""
+    model = golden_model("exact")
+    prompts = [golden["input_ids_2"].tolist()[:count] for count in (37, 130)]
+    wanted = Engine(model, max_tokens=1024).generate(prompts, 12)
+    engine = drafting_engine(model)
+    draft, first = MTPDraft(engine, width), []
+    propose = draft.propose
+
+    def proposing(sequences, anchors, pick):
+        tokens, logits = propose(sequences, anchors, pick)
+        first.append((sequences[0].length, logits[0, 0]))
+        return tokens, logits
+
+    draft.propose = proposing
+    out = engine.speculate(prompts[:1], 12, draft) + engine.speculate(prompts[1:], 12, draft)
+    assert [each.tokens for each in out] == wanted
+    assert all(count <= width for each in out for count in each.accepted)
+    # The anchor is the token after those read: the block has seen it, the backbone has not.
+    text, (length, logits) = prompts[0] + wanted[0], first[3]
+    expected = Engine(model).score_draft(text[: length + 1])[length - 1]
+    assert (logits - expected).abs().max() <= TOLERANCE
 
 
 def test_a_draft_that_knows_is_accepted_whole(model, greedy):
