@@ -133,20 +133,16 @@ def shifted(patch, model):
 
 
 def tap_before_the_layer(patch, model):
-    forward = type(model).forward
+    """What goes into a layer is what comes out of the one before, or the embedding."""
+    forward, geometry = type(model).forward, model.geometry
+    before = tuple(layer - 1 for layer in geometry.dspark.target_layer_ids if layer)
+    draft = dataclasses.replace(geometry.dspark, target_layer_ids=before)
 
     def tapping(self, ids, plan, caches, taps):
-        before = []
-        hooks = [
-            self.layers[layer].register_forward_pre_hook(
-                lambda _, inputs: before.append(inputs[0].mean(1))
-            )
-            for layer in self.geometry.dspark.target_layer_ids
-        ]
-        streams = forward(self, ids, plan, caches, [])
-        for hook in hooks:
-            hook.remove()
-        taps.extend(before)
+        taps.append(self.embedded(ids))
+        patch.setattr(self, "geometry", dataclasses.replace(geometry, dspark=draft))
+        streams = forward(self, ids, plan, caches, taps)
+        patch.setattr(self, "geometry", geometry)
         return streams
 
     patch.setattr(type(model), "forward", tapping)
