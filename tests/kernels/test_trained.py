@@ -1,8 +1,10 @@
-"""The trained checkpoint recalls what it was told a thousand tokens before with every Triton kernel
-of the attention path."""
+"""The trained checkpoint recalls what it was told a thousand tokens before with every Triton kernel:
+those of the attention path, then those of routing and experts."""
 
 from __future__ import annotations
 
+import pytest
+import test_golden_experts
 import torch
 import torch.nn.functional as F
 from test_golden import KERNELS, TRITON
@@ -19,7 +21,12 @@ TAIL = 4
 end are decoded singly."""
 
 
-def test_things_are_recalled_by_kernels(monkeypatch):
+@pytest.mark.parametrize(
+    "kernels, triton",
+    [(KERNELS, TRITON), (test_golden_experts.KERNELS, test_golden_experts.TRITON)],
+    ids=["attention", "experts"],
+)
+def test_things_are_recalled_by_kernels(kernels, triton, monkeypatch):
     """References read the text, which interpreted kernels would take minutes for; kernels read the
     questions after it."""
     monkeypatch.setenv("DSV4_WEIGHTS", "packed")
@@ -39,11 +46,11 @@ def test_things_are_recalled_by_kernels(monkeypatch):
             logits = engine.logits(streams)
             ran = {(row.operator, row.implementation) for row in operator.report_rows()}
         engine.close(sequence)
-        wanted = {(name, flags.implementation(name, environment).value) for name in KERNELS}
+        wanted = {(name, flags.implementation(name, environment).value) for name in kernels}
         assert wanted <= ran
         return logits.log_softmax(-1)
 
-    found = answer(TRITON)
+    found = answer(triton)
     things, best = [at - 1 - begin for at, _ in asked.things], found.argmax(-1).tolist()
     assert [
         tuple(best[row : row + len(thing)]) for row, (_, thing) in zip(things, asked.things)
