@@ -80,7 +80,9 @@ def test_expert_kernels_serve_the_golden_sequence(
         f" {difference(logits, exact, tokens).mean():.4f} (references"
         f" {difference(plain, exact, tokens).mean():.4f})"
     )
-    # As tests/kernels/test_golden.py: bf16 arithmetic alone moves this model by 0.043, and the
-    # mildest mistake that shows above bf16's roundings by 0.27.
+    # bf16 arithmetic alone moves this model by 0.043 (tests/data/golden/README.md); the mildest
+    # mistake that shows above bf16's roundings moves it by 0.27. Packed matrices round activations
+    # in the references too, outside of experts.
     assert difference(logits, rounded, tokens).mean() < 0.043
-    assert difference(logits, exact, tokens).mean() < 0.2
+    from_exact = difference(logits, exact, tokens).mean()
+    assert from_exact < difference(plain, exact, tokens).mean() + 0.043

@@ -14,7 +14,7 @@ from dsv4_plugin.accuracy.gate import REFERENCES, selected
 from dsv4_plugin.checkpoint.load import load_checkpoint
 from dsv4_plugin.config import Precision
 from dsv4_plugin.model import DeepseekV4
-from dsv4_plugin.model.build import Build
+from dsv4_plugin.model.linear import Activation
 from dsv4_plugin.ops import operator
 
 aten = torch.ops.aten
@@ -50,7 +50,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.fixture
 def layers(golden_dir, golden_geometry, monkeypatch):
-    monkeypatch.setattr(Build, "dense", None)  # packed as on a GPU
+    monkeypatch.setenv("DSV4_WEIGHTS", "packed")
     model = DeepseekV4(golden_geometry, Precision.SERVING, parts="backbone")
     load_checkpoint(model, golden_dir)
     return [model.layers[layer].ffn for layer in (0, 4)]
@@ -80,7 +80,7 @@ def watch(monkeypatch):
 def test_a_layer_of_experts(layers, watch, rows, layer):
     x, step = torch.randn(rows, 128).bfloat16(), SimpleNamespace(token_ids=torch.arange(rows))
     with selected(TRITON), watch:
-        layers[layer](x, step)
+        layers[layer](Activation(x), step)
         assert {
             name: {choice.implementation for choice in operator.OPERATORS[name].choices.values()}
             for name in KERNELS
@@ -101,4 +101,4 @@ def test_a_layer_of_experts(layers, watch, rows, layer):
 def test_the_watch_sees_a_wait(layers, watch):
     x, step = torch.randn(3, 128).bfloat16(), SimpleNamespace(token_ids=torch.arange(3))
     with selected(REFERENCES), watch, pytest.raises(AssertionError, match="waits for the device"):
-        layers[1](x, step)
+        layers[1](Activation(x), step)
