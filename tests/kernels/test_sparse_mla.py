@@ -107,8 +107,7 @@ def splits(request, monkeypatch) -> int:
     """Each test runs in a single pass and with a token's tiles split over programs, by tiles as
     GPUs have them."""
     monkeypatch.setattr(triton, "_TILE_TABLE", [("cpu", 128, triton.Tile(16, 32, 1, 1))])
-    for module in (triton, gluon):
-        monkeypatch.setattr(module, "split_count", lambda *shape: request.param)
+    monkeypatch.setattr(triton, "split_count", lambda *shape: request.param)
     return request.param
 
 

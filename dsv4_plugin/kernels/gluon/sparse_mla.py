@@ -16,16 +16,15 @@ operations.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ...cache.layout import LATENT_DATA_BYTES, LATENT_DIM, LATENT_SCALE_BYTES, NOPE_DIM, SCALE_BLOCK
-from ...cache.stores import PackedLatentCache
-from ..triton.sparse_mla import LOG2_E, TILES, combine, compute_units, split_count
+from ..triton.sparse_mla import LOG2_E, Walk, launch
 
 _WARPS = 4
 _DATA_BYTES = gl.constexpr(LATENT_DATA_BYTES)
@@ -461,71 +460,16 @@ def _zero_page(device: torch.device, size: int) -> Tensor:
     return page
 
 
-def sparse_mla(
-    q: Tensor,
-    window_cache: PackedLatentCache,
-    window: Tensor,
-    compressed_cache: PackedLatentCache | None,
-    compressed: Tensor | None,
-    sink: Tensor,
-    softmax_scale: float,
-    cos: Tensor,
-    sin: Tensor,
-) -> Tensor:
-    """The operator (ops/sparse_mla.py) on gfx950 for bf16 `q` and packed caches of 2^n slots a
-    page.
-
-    In a row of `compressed` no slot follows a -1. `window` has at least one column.
-    """
-    tokens, heads, _ = q.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    if tokens == 0:
-        return out
-    if compressed is None or compressed.shape[1] == 0:
-        compressed_cache, compressed = window_cache, window[:, :0]
-    tile = next((tile for tile in _TILES if heads <= tile.heads), _TILES[-1])
-    head_blocks = triton.cdiv(heads, tile.heads)
-    compressed_tiles = triton.cdiv(compressed.shape[1], tile.slots)
-    tiles = triton.cdiv(window.shape[1], tile.slots) + compressed_tiles
-    splits = split_count(tokens, heads, head_blocks, tiles, 2 * compute_units(q))
-    part, lse = out, sink
-    if splits > 1:
-        part = q.new_empty(tokens, heads, splits, LATENT_DIM, dtype=torch.float32)
-        lse = q.new_empty(tokens, heads, splits, dtype=torch.float32)
-    zero = _zero_page(q.device, max(window_cache.pages.shape[1], compressed_cache.pages.shape[1]))
-    _attend[(tokens, head_blocks, splits)](
-        q.contiguous(),
-        part,
-        lse,
-        sink,
-        cos,
-        sin,
-        zero,
-        window_cache.pages,
-        window.contiguous(),
-        compressed_cache.pages,
-        compressed.contiguous(),
-        window.shape[1],
-        compressed.shape[1],
-        window_cache.pages.stride(0),
-        compressed_cache.pages.stride(0),
-        heads,
-        softmax_scale * LOG2_E,
-        LOG2_E,
-        WINDOW_PAGE=window_cache.slots_per_page,
-        COMPRESSED_PAGE=compressed_cache.slots_per_page,
-        BLOCK_H=tile.heads,
-        BLOCK_K=tile.slots,
-        SPLITS=splits,
-        TILES=max(TILES, triton.next_power_of_2(compressed_tiles)),
-        AHEAD=tile.ahead,
-        CHUNK=tile.chunk,
-        SUMS=tile.sums,
-        WARPS=_WARPS,
-        num_warps=_WARPS,
-    )
-    if splits > 1:
-        combine[(tokens * heads,)](
-            part, lse, sink, cos, sin, out, heads, SPLITS=splits, num_warps=4
-        )
-    return out
+def sparse_mla(q: Tensor, *rest: Any) -> Tensor:
+    """The operator of the same name on gfx950, with at least one column of `window`; see
+    `kernels/triton/sparse_mla.py`, `launch`."""
+    tile = next((tile for tile in _TILES if q.shape[1] <= tile.heads), _TILES[-1])
+    constants = {
+        "sink_scale": LOG2_E,
+        "AHEAD": tile.ahead,
+        "CHUNK": tile.chunk,
+        "SUMS": tile.sums,
+        "WARPS": _WARPS,
+        "num_warps": _WARPS,
+    }
+    return launch(Walk(_attend, tile.heads, tile.slots, 2, constants, _zero_page), q, *rest)

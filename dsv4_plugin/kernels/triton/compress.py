@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...cache.step_plan import Compression
 from ...cache.stores import PackedIndexCache, PackedLatentCache
+from ..strides import require_contiguous
 from .entries import norm_and_rotate, store_index_key, store_latent
 from .formats import round_to_bf16
 
@@ -216,6 +217,15 @@ def compress(
 ) -> None:
     """The operator of the same name for bf16 activations and packed caches; `rotate` goes with
     index keys."""
+    require_contiguous(
+        "compress",
+        projected=projected,
+        ring=ring,
+        ape=ape,
+        norm_weight=norm_weight,
+        cos=cos,
+        sin=sin,
+    )
     tokens, columns = projected.shape
     windows, items = rows.step_row.shape
     if not tokens:

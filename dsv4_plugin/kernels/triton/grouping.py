@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..grouping import Groups, by_leader, slots
+from ..strides import require_contiguous
 
 _CHUNK = 4096
 
@@ -99,6 +100,7 @@ def group_kernel(
 
 def group_by_expert(chosen: Tensor, first: int, experts: int, block: int) -> Groups:
     """The same as kernels.grouping.group_by_expert, on the device alone."""
+    require_contiguous("group_by_expert", chosen=chosen)
     number = chosen.numel()
     size = slots(number, experts, block)
     numbers = {"dtype": torch.int32, "device": chosen.device}
@@ -110,7 +112,7 @@ def group_by_expert(chosen: Tensor, first: int, experts: int, block: int) -> Gro
     leading = by_leader(number, experts, block)
     chunk = max(16, triton.next_power_of_2(number)) if leading else _CHUNK
     group_kernel[(experts + 1,)](
-        chosen.contiguous(),
+        chosen,
         groups.pairs,
         groups.experts,
         groups.counts,

@@ -25,6 +25,7 @@ from ... import device
 from ...cache import layout
 from ...cache.step_plan import StepPlan
 from ...cache.stores import PackedIndexCache
+from ..strides import require_contiguous, require_dense_rows
 from .formats import fp8_operand, is_fnuz
 
 _RATIO = tl.constexpr(4)
@@ -217,6 +218,10 @@ def _programs(config: Config, tokens: int, entries: int, where: torch.device) ->
 def indexer_logits(q: Tensor, weights: Tensor, cache: PackedIndexCache, plan: StepPlan) -> Tensor:
     """The operator of the same name for e4m3 `q` and a packed cache; logits that a row does not see
     stay unwritten."""
+    require_contiguous(
+        "indexer_logits", q=q, weights=weights, position=plan.position, request=plan.request
+    )
+    require_dense_rows("indexer_logits", page_table=plan.page_table)
     tokens, heads, _ = q.shape
     entries = plan.max_seq_len // 4
     logits = torch.empty(tokens, entries, dtype=torch.float32, device=q.device)
@@ -224,8 +229,8 @@ def indexer_logits(q: Tensor, weights: Tensor, cache: PackedIndexCache, plan: St
         config, pages, fnuz = _config(plan.phase), cache.pages, is_fnuz()
         codes = torch.uint8 if fnuz else torch.float8_e4m3fn
         indexer_logits_kernel[(_programs(config, tokens, entries, q.device),)](
-            q.contiguous().view(codes),
-            weights.contiguous(),
+            q.view(codes),
+            weights,
             pages.view(codes),
             pages.view(torch.float32),
             plan.position,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...cache.stores import PackedLatentCache
+from ..strides import require_contiguous, require_dense_rows
 from .entries import load_rotation, norm_and_rotate, rotate, store_latent
 from .formats import round_to_bf16, to_bf16
 
@@ -74,7 +75,10 @@ def qk_norm_rope_store(
 ) -> Tensor:
     """The operator of the same name for bf16 `q` and `kv` and a packed cache."""
     tokens, heads, _ = q.shape
-    q = q.contiguous()
+    require_contiguous(
+        "qk_norm_rope_store", q=q, kv_weight=kv_weight, cos=cos, sin=sin, slots=slots
+    )
+    require_dense_rows("qk_norm_rope_store", kv=kv)
     out = torch.empty_like(q)
     if tokens:
         block = min(_HEADS_A_PROGRAM, triton.next_power_of_2(heads))

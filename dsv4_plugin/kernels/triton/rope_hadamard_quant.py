@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..strides import require_contiguous
 from .entries import hadamard_sign, load_rotation, rotate
 from .formats import INTERPRETED, fp8_scale, round_to_bf16, to_bf16, to_fp8_bytes
 
@@ -59,7 +60,7 @@ def rope_hadamard_quant(
     q: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, rounding: str
 ) -> tuple[Tensor, Tensor]:
     """The operator of the same name for bf16 `q` and `rounding` "fp8"."""
-    q, weights = q.contiguous(), weights.contiguous()
+    require_contiguous("rope_hadamard_quant", q=q, weights=weights, cos=cos, sin=sin)
     out = torch.empty(q.shape, dtype=torch.float8_e4m3fn, device=q.device)
     out_weights = torch.empty_like(weights)
     rows = weights.numel()

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import device
+from ..strides import require_contiguous
 from .formats import INTERPRETED
 
 _SEGMENTS = tl.constexpr(8)
@@ -171,6 +172,7 @@ def route(
     routed_scaling_factor: float,
 ) -> tuple[Tensor, Tensor]:
     """The operator of the same name for bf16 `x` and `gate`."""
+    require_contiguous("route", x=x, gate=gate, token_ids=token_ids)
     tokens, hidden = x.shape
     count = gate.shape[0]
     weights = torch.empty(tokens, topk, dtype=torch.float32, device=x.device)
@@ -185,7 +187,7 @@ def route(
         tile.parts,
     )
     router_logits_kernel[grid](
-        x.contiguous(),
+        x,
         gate,
         logits,
         tokens,

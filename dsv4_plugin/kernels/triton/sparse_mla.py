@@ -14,7 +14,9 @@ operations.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -24,6 +26,7 @@ from torch import Tensor
 from ... import device
 from ...cache.layout import LATENT_DATA_BYTES, LATENT_DIM, LATENT_SCALE_BYTES, NOPE_DIM, SCALE_BLOCK
 from ...cache.stores import PackedLatentCache
+from ..strides import require_contiguous
 from .entries import load_rotation, rotate
 from .formats import INTERPRETED, fp8_to_fp32, to_bf16
 
@@ -286,7 +289,25 @@ def combine(part_ptr, lse_ptr, sink_ptr, cos_ptr, sin_ptr, out_ptr, heads, SPLIT
     tl.store(out_ptr + row * _DIM + column, to_bf16(rotate(o / denominator, cos, -sin)))
 
 
-def sparse_mla(
+@dataclass(frozen=True)
+class Walk:
+    """One of the two kernels that walk a token's slots, as a launch needs it."""
+
+    kernel: Any
+    heads: int
+    """Of one program."""
+    slots: int
+    """Of one tile."""
+    workgroups: int
+    """Programs a compute unit holds: what the split count fills."""
+    constants: dict[str, Any]
+    """Its own compile-time constants and compiler options."""
+    zero_page: Callable[[torch.device, int], Tensor] | None = None
+    """Makes the page that absent slots are read from, where the kernel has one."""
+
+
+def launch(
+    walk: Walk,
     q: Tensor,
     window_cache: PackedLatentCache,
     window: Tensor,
@@ -297,55 +318,69 @@ def sparse_mla(
     cos: Tensor,
     sin: Tensor,
 ) -> Tensor:
-    """The operator (ops/sparse_mla.py) for bf16 `q` and packed caches whose pages hold a power of
-    two of slots.
+    """The operator (ops/sparse_mla.py) by `walk`, for bf16 `q` and packed caches whose pages hold a
+    power of two of slots.
 
-    In a row of `compressed` no slot follows a -1.
+    In a row of `compressed` no slot follows a -1. All tensors are contiguous; ValueError names one
+    that is not.
     """
     tokens, heads, _ = q.shape
-    if compressed is None or compressed.shape[1] == 0:
-        compressed_cache, compressed = window_cache, window[:, :0]
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = torch.empty_like(q)
     if tokens == 0:
         return out
-    tile = _tile(heads)
-    head_blocks = triton.cdiv(heads, tile.heads)
-    tiles = triton.cdiv(window.shape[1], tile.slots) + triton.cdiv(compressed.shape[1], tile.slots)
-    splits = split_count(tokens, heads, head_blocks, tiles, compute_units(q) * tile.workgroups)
+    if compressed is None or compressed.shape[1] == 0:
+        compressed_cache, compressed = window_cache, window.new_empty(tokens, 0)
+    require_contiguous(
+        "sparse_mla", q=q, window=window, compressed=compressed, sink=sink, cos=cos, sin=sin
+    )
+    head_blocks = triton.cdiv(heads, walk.heads)
+    compressed_tiles = triton.cdiv(compressed.shape[1], walk.slots)
+    tiles = triton.cdiv(window.shape[1], walk.slots) + compressed_tiles
+    splits = split_count(tokens, heads, head_blocks, tiles, compute_units(q) * walk.workgroups)
     part, lse = out, sink
     if splits > 1:
         part = q.new_empty(tokens, heads, splits, LATENT_DIM, dtype=torch.float32)
         lse = q.new_empty(tokens, heads, splits, dtype=torch.float32)
-    _attend[(tokens, head_blocks, splits)](
-        q.contiguous(),
+    pages, compressed_pages = window_cache.pages, compressed_cache.pages
+    zero = ()
+    if walk.zero_page is not None:
+        zero = (walk.zero_page(q.device, max(pages.shape[1], compressed_pages.shape[1])),)
+    walk.kernel[(tokens, head_blocks, splits)](
+        q,
         part,
         lse,
         sink,
         cos,
         sin,
-        window_cache.pages,
-        window.contiguous(),
-        compressed_cache.pages,
-        compressed.contiguous(),
+        *zero,
+        pages,
+        window,
+        compressed_pages,
+        compressed,
         window.shape[1],
         compressed.shape[1],
-        window_cache.pages.stride(0),
-        compressed_cache.pages.stride(0),
+        pages.stride(0),
+        compressed_pages.stride(0),
         heads,
         softmax_scale * LOG2_E,
         WINDOW_PAGE=window_cache.slots_per_page,
         COMPRESSED_PAGE=compressed_cache.slots_per_page,
-        BLOCK_H=tile.heads,
-        BLOCK_K=tile.slots,
+        BLOCK_H=walk.heads,
+        BLOCK_K=walk.slots,
         SPLITS=splits,
-        PIN="=r,0" if device.arch().startswith("sm_") else "=v,0",
-        TILES=max(TILES, triton.next_power_of_2(triton.cdiv(compressed.shape[1], tile.slots))),
-        num_warps=tile.warps,
-        num_stages=1,
-        **tile.options,
+        TILES=max(TILES, triton.next_power_of_2(compressed_tiles)),
+        **walk.constants,
     )
     if splits > 1:
         combine[(tokens * heads,)](
             part, lse, sink, cos, sin, out, heads, SPLITS=splits, num_warps=4
         )
     return out
+
+
+def sparse_mla(q: Tensor, *rest: Any) -> Tensor:
+    """The operator of the same name on any GPU; see `launch`."""
+    tile = _tile(q.shape[1])
+    pin = "=r,0" if device.arch().startswith("sm_") else "=v,0"
+    constants = {"PIN": pin, "num_warps": tile.warps, "num_stages": 1, **tile.options}
+    return launch(Walk(_attend, tile.heads, tile.slots, tile.workgroups, constants), q, *rest)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...cache import layout
 from ...cache.step_plan import RING_ROWS, WINDOW, Compression, StepPlan, static_windows
+from ..strides import require_contiguous, require_dense_rows
 
 _PAGE = tl.constexpr(layout.PAGE_TOKENS)
 _WINDOW = tl.constexpr(WINDOW)
@@ -219,6 +220,17 @@ def build_step_plan(
 ) -> StepPlan:
     """The operator of the same name; its shapes are static whether `static_rows` asks for it or
     not."""
+    require_contiguous(
+        "build_step_plan",
+        position=position,
+        request=request,
+        out_slot=out_slot,
+        prefix_lens=prefix_lens,
+        seq_lens=seq_lens,
+        slot_row=slot_row,
+        full_to_window=full_to_window,
+    )
+    require_dense_rows("build_step_plan", slot_table=slot_table)
     tokens, requests, pages = (
         position.shape[0],
         seq_lens.shape[0],

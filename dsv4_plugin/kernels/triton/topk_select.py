@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...cache.layout import INDEX_PAGE_ENTRIES
 from ...cache.step_plan import StepPlan
+from ..strides import require_contiguous, require_dense_rows
 
 _PAGE_ENTRIES = tl.constexpr(INDEX_PAGE_ENTRIES)
 _CHUNK = 16384
@@ -149,6 +150,8 @@ def topk_select_kernel(
 
 def topk_select(logits: Tensor, visible: Tensor, topk: int, plan: StepPlan | None = None) -> Tensor:
     """The operator of the same name; reads no logit that a row does not see."""
+    require_dense_rows("topk_select", logits=logits)
+    require_contiguous("topk_select", visible=visible)
     tokens, entries = logits.shape
     topk = min(topk, entries)
     out = torch.empty(tokens, topk, dtype=torch.int64, device=logits.device)
