@@ -243,6 +243,15 @@ FLAGS: tuple[Flag, ...] = (
         " block_fp8_linear runs its reference and a sixteenth of the memory holds the difference.",
     ),
     Flag(
+        "DSV4_CHOICES",
+        ("first", "each"),
+        "first",
+        "Who chooses experts and entries where the model is split over several ranks. first: rank 0"
+        " for all, so that ranks cannot differ; each: every rank for itself, which saves a small"
+        " broadcast a choice and is right only where all ranks compute the same bits"
+        " (docs/precision.md).",
+    ),
+    Flag(
         "DSV4_PROBE",
         ("0", "1"),
         "0",

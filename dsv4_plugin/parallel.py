@@ -20,12 +20,13 @@ def _identity(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Group:
-    """One process's place in a group; `all_reduce` returns the sum of its argument over the
-    group."""
+    """One process's place in a group; `all_reduce` returns the sum of its argument over the group,
+    `broadcast` the argument that rank 0 gave."""
 
     rank: int = 0
     size: int = 1
     all_reduce: Callable[[Tensor], Tensor] = _identity
+    broadcast: Callable[[Tensor], Tensor] = _identity
 
     def slice(self, total: int) -> slice:
         """This rank's contiguous share of `total` rows."""

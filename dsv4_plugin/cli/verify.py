@@ -32,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="of the random data (default: a new one each time, which is printed)",
     )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also split a tiny model over N processes, and check that they choose alike",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -48,6 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
     names = _operators(arguments.op, list(flags.OPERATORS))
     if arguments.arch and device.arch() != arguments.arch:
         raise VerifyError(f"this machine is {device.arch()}, not {arguments.arch}")
+    if arguments.ranks not in (0, 2, 4):
+        raise VerifyError(f"--ranks {arguments.ranks}: the tiny model splits over 2 or 4 ranks")
+    if 0 < torch.cuda.device_count() < arguments.ranks:
+        raise VerifyError(f"--ranks {arguments.ranks}: here are {torch.cuda.device_count()} GPUs")
     seed = time.time_ns() % 2**31 if arguments.seed is None else arguments.seed
     where = verify.machine()
     results = []
@@ -71,6 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
         for result in verify.verify_model(where, seed):
             results.append(result)
             _show(result, arguments.json)
+    for result in verify.verify_ranks(arguments.ranks, where, seed) if arguments.ranks else ():
+        results.append(result)
+        _show(result, arguments.json)
     return _conclude(results, names, seed, arguments.json)
 
 
@@ -159,8 +173,8 @@ def _complaint(result) -> str:
     off = (
         result.note if result.error == float("inf") and result.note else f"error {result.error:.2e}"
     )
-    if result.subject == "model":
-        return f"the model is wrong: {result.case}, {off}"
+    if result.subject in ("model", "ranks"):
+        return f"the {result.subject} {'is' if result.subject == 'model' else 'are'} wrong: {result.case}, {off}"
     if result.implementation == REFERENCE:
         return (
             f"the reference of {result.subject} is wrong on this device ({result.case}): {off};"

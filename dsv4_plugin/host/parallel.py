@@ -13,7 +13,9 @@ def _group(coordinator) -> Group:
         # The host reduces in place where it can; its CPU path takes contiguous tensors only.
         return coordinator.all_reduce(x.contiguous())
 
-    return Group(coordinator.rank_in_group, coordinator.world_size, all_reduce)
+    return Group(
+        coordinator.rank_in_group, coordinator.world_size, all_reduce, coordinator.broadcast
+    )
 
 
 def host_parallel() -> Parallel:

@@ -17,6 +17,7 @@ from ..ops import (
     sparse_mla,
     topk_select,
 )
+from .agreement import Agreement
 from .build import Build
 from .linear import Activation, Joint, Linear
 from .step import Step
@@ -73,6 +74,7 @@ class Indexer(nn.Module):
             geometry.index_topk,
         )
         self.rounding = _INDEX_ROUNDING[build.precision]
+        self._agree = Agreement("entries", build.parallel.attention)
         self.wq_b = build.fp8(self.heads * self.dim, geometry.q_lora_rank)
         self.weights_proj = build.bf16(self.heads, geometry.hidden_size)
         self.compressor = Compressor(build, 4, self.dim)
@@ -82,6 +84,11 @@ class Indexer(nn.Module):
         `weights` fp32 [T, n], as projected; -1 past the last."""
         q = q.unflatten(-1, (self.heads, self.dim))
         q, weights = rope_hadamard_quant(q, weights, *step.rotations[4].rows, self.rounding)
+        slots = self._chosen(q, weights, step, layer)
+        # Where every visible entry is chosen, there is nothing to agree on.
+        return slots if step.plan.max_seq_len // 4 <= self.topk else self._agree(slots)[0]
+
+    def _chosen(self, q: Tensor, weights: Tensor, step: Step, layer: int) -> Tensor:
         plan, cache = step.plan, step.caches.index[layer]
         tokens, entries = q.shape[0], plan.max_seq_len // 4
         block = max(1, _MOST_LOGITS // max(entries, 1))

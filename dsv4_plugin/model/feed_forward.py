@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..ops import moe, route, shared_expert
+from .agreement import Agreement
 from .build import Build
 from .linear import Activation
 from .step import Step
@@ -63,6 +64,11 @@ class FeedForward(nn.Module):
         self.gate = Gate(build, geometry.is_hash_routed(layer))
         self.experts = Experts(build)
         self.shared_experts = SharedExpert(build)
+        # A table chooses the same on every rank, and weights that differ in the last bit are no harm.
+        deciding = (
+            () if geometry.is_hash_routed(layer) else (parallel.expert, parallel.expert_tensor)
+        )
+        self._agree = Agreement("experts", *deciding)
         self._sum_experts = parallel.expert.all_reduce, parallel.expert_tensor.all_reduce
         self._sum_shared = parallel.shared.all_reduce
         # Where the same processes hold shares of both, what they hold is added before it is sent.
@@ -75,6 +81,7 @@ class FeedForward(nn.Module):
         weights, chosen = route(
             x, gate.weight, gate.bias, gate.tid2eid, step.token_ids, self.topk, self.scaling
         )
+        chosen, weights = self._agree(chosen, weights)
         routed = moe(
             x,
             weights,

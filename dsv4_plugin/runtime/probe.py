@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import flags
 from ..config import Geometry
 from ..model import DeepseekV4
+from ..model.agreement import Seen, watched
 from ..ops import operator as selection
 from ..ops.operator import HERE, REFERENCE, Choice, Operator
 from .compare import errors, tolerance
@@ -42,6 +43,8 @@ class Probe:
     calls: int = 0
     worst: float = 0.0
     """The largest share of its tolerance that an error took."""
+    choices: Seen = field(default_factory=Seen)
+    """What ranks chose alike, and what not."""
 
 
 def sampled_layers(geometry: Geometry) -> tuple[int, ...]:
@@ -74,7 +77,7 @@ def probe(model: DeepseekV4) -> Probe:
             return choice.run(*args, **kwargs)
         return _checked(operator, choice, args, kwargs, found)
 
-    with selection.observed(check):
+    with selection.observed(check), watched() as found.choices:
         for logits, length in _run(model, ids):
             if not logits.isfinite().all():
                 raise ProbeError(
@@ -82,6 +85,11 @@ def probe(model: DeepseekV4) -> Probe:
                     " find the layer with DSV4_PROFILE=safe and DSV4_LAYERS_<OPERATOR>, and check"
                     " the checkpoint"
                 )
+    if found.choices.uneven:
+        raise ProbeError(
+            f"ranks go on with different choices ({found.choices}); each would add another expert's"
+            " slice or attend to other entries. Unset DSV4_CHOICES, so that rank 0 decides"
+        )
     return found
 
 

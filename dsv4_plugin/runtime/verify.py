@@ -16,6 +16,7 @@ import torch
 from ..checkpoint.load import load_checkpoint
 from ..checkpoint.tiny import tiny_config, write_tiny
 from ..config import Geometry, Precision
+from .. import flags
 from ..device import arch
 from ..flags import REFERENCE
 from ..model import DeepseekV4
@@ -25,6 +26,7 @@ from .cases import MODELS, Case, cases, sizes
 from .compare import Tolerance, bound, error, errors, outcome, tolerance
 from .elsewhere import Elsewhere
 from .engine import Engine
+from .ranks import GROUPS, Run, try_ranks
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,25 @@ def verify_model(device: torch.device, seed: int) -> Iterator[Result]:
             seconds,
             reference_seconds,
         )
+
+
+def verify_ranks(size: int, device: torch.device, seed: int) -> Iterator[Result]:
+    """Whether `size` ranks of a tiny model, whose choices are close calls, go on with the same
+    experts and entries, as DSV4_CHOICES says and with noise in one rank's last bits."""
+    choices = flags.read("DSV4_CHOICES")
+    runs = Run(choices), Run(choices, noisy=True)
+    for layout in GROUPS:
+        for run, outcomes in zip(runs, try_ranks(size, layout, device, seed, runs), strict=True):
+            first = outcomes[0]
+            held = first.compared and not any(outcome.uneven for outcome in outcomes)
+            yield Result(
+                "ranks",
+                f"choices={choices}",
+                f"{size}, {layout}{', noise in one' if run.noisy else ''}: choices in force",
+                0.0 if held else float("inf"),
+                Tolerance(0.0, "ranks that chose differently would add slices of other experts"),
+                note=f"{first.uneven} of {first.compared} differ",
+            )
 
 
 def _engine(path: Path, precision: Precision, device: torch.device) -> Engine:

@@ -3,8 +3,10 @@ one."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
+from collections import Counter
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 from dsv4_plugin.checkpoint.load import load_checkpoint
 from dsv4_plugin.config import Geometry, Precision
 from dsv4_plugin.model import DeepseekV4
+from dsv4_plugin.model.agreement import Seen
 from dsv4_plugin.ops import operator as selection
 from dsv4_plugin.ops.operator import HERE, OPERATORS, Implementation, Operator
 from dsv4_plugin.runtime.probe import ProbeError, probe, prompt, sampled_layers
@@ -149,6 +152,16 @@ def test_the_probe_leaves_no_counts(model):
     selection.forget()
     probe(model)
     assert sum(row.calls for row in selection.report_rows()) == 0
+
+
+def test_ranks_that_go_on_with_different_choices_stop_the_start(model, monkeypatch):
+    @contextlib.contextmanager
+    def watched():
+        yield Seen(5, Counter({("experts", 3): 2}), {("experts", 3)})
+
+    monkeypatch.setattr("dsv4_plugin.runtime.probe.watched", watched)
+    with pytest.raises(ProbeError, match="2 rows of experts in layer 3.*Unset DSV4_CHOICES"):
+        probe(model)
 
 
 class TestWhatIsNamed:

@@ -14,7 +14,7 @@ import dsv4_plugin.ops  # noqa: F401  registers the operators
 from dsv4_plugin import flags
 from dsv4_plugin.cli import main
 from dsv4_plugin.ops.operator import OPERATORS, Implementation
-from dsv4_plugin.runtime import cases, compare, verify
+from dsv4_plugin.runtime import cases, compare, ranks, verify
 
 CPU = torch.device("cpu")
 DECODE, PREFILL = 1, 2
@@ -211,3 +211,20 @@ def test_a_reference_that_is_wrong_on_a_device_is_no_way_out(capsys):
     assert _conclude([wrong], ["moe"], 1, False) == 1
     error = capsys.readouterr().err
     assert "the reference of moe is wrong on this device" in error and "=reference" not in error
+
+
+@pytest.mark.parametrize(("choices", "uneven", "passed"), [("first", 0, True), ("each", 3, False)])
+def test_ranks_that_differ_are_wrong(monkeypatch, choices, uneven, passed):
+    monkeypatch.setenv("DSV4_CHOICES", choices)
+    outcome = ranks.Outcome(15, 120, uneven, torch.zeros(1, 1))
+    asked = []
+
+    def tried(size, layout, device, seed, runs):
+        asked.append((size, layout, [run.choices for run in runs]))
+        return [[outcome] * size for _ in runs]
+
+    monkeypatch.setattr(verify, "try_ranks", tried)
+    found = list(verify.verify_ranks(2, CPU, 1))
+    assert asked == [(2, layout, [choices] * 2) for layout in ranks.GROUPS]
+    assert [result.passed for result in found] == [passed] * 4
+    assert sum("noise" in result.case for result in found) == 2
