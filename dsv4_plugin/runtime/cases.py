@@ -429,7 +429,8 @@ def _route(d: Data):
 def _moe(d: Data):
     def make():
         size, g = d.size, d.geometry
-        experts = d.normal(size.rows, g.n_routed_experts, dtype=torch.float32).argsort(-1)[:, :6]
+        order = d.normal(size.rows, g.n_routed_experts, dtype=torch.float32).argsort(-1)
+        experts = order[:, :6].contiguous()
         w1, w2, w3 = (
             d.expert_weights(*shape)
             for shape in (

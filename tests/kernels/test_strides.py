@@ -15,9 +15,11 @@ READ = {
     "build_step_plan": ("position", "request", "out_slot", "prefix_lens", "seq_lens", "slot_table"),
     "compress": ("projected", "ring", "ape", "norm_weight", "cos", "sin"),
     "indexer_logits": ("q", "weights"),
+    "moe": ("x", "weights", "experts"),
     "qk_norm_rope_store": ("q", "kv", "kv_weight", "cos", "sin", "slots"),
     "rope_hadamard_quant": ("q", "weights", "cos", "sin"),
     "route": ("x", "gate", "token_ids"),
+    "shared_expert": ("x",),
     "sparse_mla": ("q", "window", "compressed", "sink", "cos", "sin"),
     "topk_select": ("logits", "visible"),
 }

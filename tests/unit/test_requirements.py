@@ -161,6 +161,14 @@ WRONG = [
         {"x": torch.zeros(2, 200, dtype=torch.bfloat16)},
         "hidden size 200 is not a multiple of 128",
     ),
+    *(
+        (operator, "triton", change, reason)
+        for operator in ("moe", "shared_expert")
+        for change, reason in (
+            ({"x": torch.float32}, "x is torch.float32, not bfloat16"),
+            ({"x": torch.zeros(2, 200, dtype=torch.bfloat16)}, "200 is not a multiple of 128"),
+        )
+    ),
     ("sparse_mla", "triton", {"window_cache": DENSE}, "the window cache is a DenseLatentCache"),
     (
         "sparse_mla",

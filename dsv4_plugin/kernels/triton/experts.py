@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ... import device
 from ..grouping import Groups
+from ..strides import require_contiguous
 from .expert_kernels import down_kernel, gate_up_kernel, quantise_rows_kernel
 
 _GROUPS = 8  # blocks of 128 that a program quantises
@@ -154,7 +155,8 @@ def both_products(
     """
     rows, wide = x.shape
     inner, pairs = w1.shape[-2], rows * topk
-    x, scales = x.contiguous(), None
+    require_contiguous("moe" if groups else "shared_expert", x=x)
+    scales = None
     if form.rounded:
         x, scales = quantise_rows(x)
     whole = form.rounded and tiles.gate_up.columns % 128 == 0

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..strides import require_contiguous
 from .expert_kernels import sum_kernel
 from .experts import both_products, form_of, tiles_of
 from .grouping import group_by_expert
@@ -45,8 +46,8 @@ def moe(
         return out
     form = form_of(w1, w1_scale)
     tiles = tiles_of(form, experts.numel() / held)
-    chosen = experts.contiguous()
-    groups = group_by_expert(chosen, first_expert, held, tiles.rows)
+    require_contiguous("moe", weights=weights, experts=experts)
+    groups = group_by_expert(experts, first_expert, held, tiles.rows)
     parts = both_products(
         x,
         w1,
@@ -60,11 +61,11 @@ def moe(
         tiles,
         topk,
         groups,
-        weights.contiguous(),
+        weights,
     )
     sum_kernel[(tokens, triton.cdiv(wide, _SUMMED))](
         parts,
-        chosen,
+        experts,
         out,
         first_expert,
         EXPERTS=held,
