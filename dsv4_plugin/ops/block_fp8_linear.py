@@ -12,7 +12,7 @@ from .operator import Implementation, operator
 
 
 def _cut(y: Tensor, parts: tuple[int, ...]) -> Tensor | tuple[Tensor, ...]:
-    return y.split(parts, -1) if parts else y
+    return tuple(part.contiguous() for part in y.split(parts, -1)) if parts else y
 
 
 @operator
@@ -23,8 +23,8 @@ def block_fp8_linear(
     x_scale: Tensor | None = None,
     parts: tuple[int, ...] = (),
 ) -> Tensor | tuple[Tensor, ...]:
-    """x Wᵀ [T, out] in the dtype of `x` [T, in]; with `parts`, which sum to out, as one tensor for
-    each.
+    """x Wᵀ [T, out] in the dtype of `x` [T, in]; with `parts`, which sum to out, as one
+    contiguous tensor for each.
 
     `weight` is dense [out, in] in the dtype of `x` when `scale` is None, else float8_e4m3fn with
     128×128 block scales. With `x_scale` fp32 [T, in/128] `x` is e4m3 and the result bf16. Without
@@ -42,7 +42,8 @@ def linear_fp32(
     x: Tensor, weight: Tensor, parts: tuple[int, ...] = ()
 ) -> Tensor | tuple[Tensor, ...]:
     """x Wᵀ [T, out] with fp32 accumulation and an fp32 result, for projections that docs/model.md §6
-    keeps in fp32; with `parts`, which sum to out, as one tensor for each."""
+    keeps in fp32; with `parts`, which sum to out, as one contiguous tensor for
+    each."""
     return _cut(F.linear(x.float(), weight.float()), parts)
 
 

@@ -112,10 +112,10 @@ def add_noise(model: DeepseekV4) -> None:
     """Turns the last bit of every second activation that attention and experts read."""
 
     def turned(module, arguments):
-        x = arguments[0].clone()
-        bits = x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
-        bits[:, ::2] ^= 1
-        return x, *arguments[1:]
+        read, *others = arguments
+        values = read.values.clone()
+        values.view(torch.int32)[:, ::2] ^= 1
+        return read._replace(values=values), *others
 
     for layer in model.layers:
         layer.attn.register_forward_pre_hook(turned)
@@ -169,7 +169,15 @@ def _on_ranks(size: int, work: Callable[..., Any], arguments: tuple) -> list[Any
     context = multiprocessing.get_context("spawn")
     with context.Pool(size) as pool:
         running = [pool.apply_async(work, (rank, size, *arguments)) for rank in range(size)]
-        try:
-            return [each.get(_TIMEOUT) for each in running]
-        except Exception as error:
-            raise RanksError(f"{size} ranks: {type(error).__name__}: {error}") from error
+        results, errors = [], []
+        for rank, each in enumerate(running):
+            try:
+                results.append(each.get(_TIMEOUT))
+            except multiprocessing.TimeoutError:
+                raise RanksError(f"rank {rank} of {size} did not end in {_TIMEOUT} s") from None
+            except Exception as error:
+                errors.append((rank, error))
+        if errors:  # those that lost a peer say so; the one that failed by itself says why
+            rank, error = next((e for e in errors if "peer" not in str(e[1])), errors[0])
+            raise RanksError(f"rank {rank} of {size}: {type(error).__name__}: {error}") from error
+        return results

@@ -76,7 +76,7 @@ def test_the_order_of_a_choice_is_no_difference(first):
 def test_a_broadcast_that_sends_nothing_is_found(first):
     """Every rank keeps its own numbers: their sum is not that of equal ones."""
     own = torch.tensor([[1, 3]])
-    broken = Group(1, 2, lambda x: x + torch.tensor([[1.0, 2.0]]) if x.dim() > 1 else x)
+    broken = Group(1, 2, lambda x: x + torch.arange(x.shape[-1]) if x.dim() > 1 else x)
     with watched() as seen:
         Agreement("experts", broken)(own)
     assert seen.uneven
