@@ -108,13 +108,25 @@ class Options:
     """Made for each launch."""
 
 
-def kernarg(kernel: Kernel, values: Sequence[int | float | bytes] | bytes) -> bytes:
-    """The kernarg segment: `values` laid out as the metadata says, or its bytes. What the kernel
-    takes beyond them (Triton's scratch pointers) is 0."""
-    if isinstance(values, bytes):
-        return values.ljust(kernel.kernarg_size, b"\0")
+def kernarg(
+    kernel: Kernel,
+    values: Sequence[int | float | bytes] | bytes,
+    grid: Sequence[int] = (1, 1, 1),
+    threads: Sequence[int] = (64, 1, 1),
+) -> bytes:
+    """The kernarg segment: `values` laid out as the metadata says, or its bytes, and the hidden
+    arguments that tell of the grid. What the kernel takes beyond them is 0, as Triton's scratch
+    pointers."""
     raw = bytearray(kernel.kernarg_size)
-    for about, value in zip(kernel.arguments, values):
+    if isinstance(values, bytes):
+        raw[: len(values)], values = values, ()
+    hidden = {"hidden_grid_dims": 3}
+    for n, axis in enumerate("xyz"):
+        hidden |= {f"hidden_block_count_{axis}": grid[n], f"hidden_group_size_{axis}": threads[n]}
+    known = [hidden.get(about.kind) for about in kernel.arguments]
+    for about, value in zip(kernel.arguments, [*values, *known[len(values) :]]):
+        if value is None:
+            continue
         if isinstance(value, float):
             value = struct.pack("<f" if about.size == 4 else "<d", value)
         elif not isinstance(value, bytes):
@@ -297,7 +309,7 @@ def launch(
     grid = (*grid, 1, 1)[:3]
     threads = (*(threads if isinstance(threads, Sequence) else (threads,)), 1, 1)[:3]
     preloaded = kernel.preload > 0 if options.preloaded is None else options.preloaded
-    raw = kernarg(kernel, arguments).ljust(4, b"\0")
+    raw = kernarg(kernel, arguments, grid, threads).ljust(4, b"\0")
     at = memory.put(np.frombuffer(raw, U8))
     random, told = np.random.default_rng(options.seed), Launch()
     watches = tuple(make() for make in options.watches)

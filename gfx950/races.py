@@ -44,7 +44,17 @@ def _bytes(number: np.ndarray, at: np.ndarray, size: int, active) -> tuple[np.nd
 def _octets(values: list[np.ndarray], size: int) -> np.ndarray:
     """The bytes of registers, given as flat arrays, in the order of _bytes."""
     words = np.stack(values, axis=-1).astype(np.uint32)
-    return words.view(np.uint8).reshape(len(values[0]), -1)[:, :size].ravel()
+    return words.view(np.uint8).reshape(len(values[0]), 4 * len(values))[:, :size].ravel()
+
+
+def _clash(places: np.ndarray, wave: np.ndarray, octets: np.ndarray) -> np.ndarray:
+    """Which bytes two waves write at once, and not the same value."""
+    order = np.argsort(places, kind="stable")
+    place, wave, octets = places[order], wave[order], octets[order]
+    apart = (wave[1:] != wave[:-1]) & (octets[1:] != octets[:-1])
+    bad = np.zeros(len(places), bool)
+    bad[order[1:]] = apart & (place[1:] == place[:-1])
+    return bad
 
 
 class LocalRaces(_Reports):
@@ -60,7 +70,10 @@ class LocalRaces(_Reports):
         self.writer, self.reader = (np.full(size, self._NOBODY, np.int32) for _ in range(2))
         self.written, self.read = (np.full(size, -1, np.int32) for _ in range(2))
         self.pending = np.zeros(size, np.int8)  # 1: by an LDS write, 2: by a load into LDS
-        self.open: dict[int, deque] = defaultdict(deque)  # (counter, places) by wave, oldest first
+        self.reading = np.zeros(size, bool)  # by a read that was not waited for
+        self.open: dict[int, deque] = defaultdict(
+            deque
+        )  # (counter, accesses) by wave, oldest first
         self.places: tuple = ()
 
     def local(self, w, i, how, at, size, active, values=()) -> None:
@@ -71,7 +84,9 @@ class LocalRaces(_Reports):
             return
         same = np.zeros(len(places), bool)
         if how != "atomic":  # several waves may write the same value to one place
-            same = w.shared.lds[places] == _octets(values, size)
+            octets = _octets(values, size)
+            same = w.shared.lds[places] == octets
+            self.report(w, i, _clash(places, wave, octets), "waves write LDS in one place")
         known = self.writer[places] != self._NOBODY
         if how == "atomic":
             known &= self.writer[places] != self._ATOMIC
@@ -79,12 +94,13 @@ class LocalRaces(_Reports):
         bad = (pending > 0) & (other | (pending == 2)) | other & fresh
         self.report(w, i, bad & known & ~same, "LDS that another wave wrote is written")
         reader = self.reader[places]
-        bad = (reader != wave) & (reader != self._NOBODY) & (self.read[places] == epoch)
+        fresh = self.reading[places] | (self.read[places] == epoch)
+        bad = (reader != wave) & (reader != self._NOBODY) & fresh
         self.report(w, i, bad & ~same, "LDS that another wave still reads is written")
         self.writer[places] = self._ATOMIC if how == "atomic" else wave
         self.written[places], self.pending[places] = epoch, 2 if how == "direct" else 1
         # Two offsets of one instruction are one access.
-        self.places += ((places, wave),)
+        self.places += ((places, wave, False),)
 
     def _reads(self, w, i, places, wave, epoch, other) -> None:
         pending, writer = self.pending[places], self.writer[places]
@@ -96,13 +112,14 @@ class LocalRaces(_Reports):
         reader = self.reader[places]
         shared = (self.read[places] == epoch) & (reader != wave) & (reader != self._NOBODY)
         self.reader[places] = np.where(shared, self._MANY, wave)
-        self.read[places] = epoch
+        self.read[places], self.reading[places] = epoch, True
+        self.places += ((places, wave, True),)
 
     def issue(self, w: Waves, i: Instruction, counter: str) -> None:
         for number in w.slot:
-            mine = [places[wave == number] for places, wave in self.places]
+            mine = [(places[wave == number], reads) for places, wave, reads in self.places]
             if mine or self.open[number]:
-                self.open[number].append((counter, np.concatenate(mine) if mine else ()))
+                self.open[number].append((counter, mine))
         self.places = ()
 
     def wait(self, w: Waves, vector: int, local: int) -> None:
@@ -114,16 +131,24 @@ class LocalRaces(_Reports):
             unknown = local and any(counter == "scalar" for counter, _ in queue)
             left = {"vector": vector, "local": len(queue) if unknown else local}
             kept = deque()
-            for counter, places in reversed(queue):
+            for counter, accesses in reversed(queue):
                 kind = "vector" if counter == "vector" else "local"
                 left[kind] -= 1
                 if left[kind] >= 0:
-                    kept.appendleft((counter, places))
-                elif len(places):
-                    writer = self.writer[places]
-                    mine = places[(writer == number) | (writer == self._ATOMIC)]
-                    self.pending[mine], self.written[mine] = 0, self.epoch[number]
+                    kept.appendleft((counter, accesses))
+                else:
+                    self._done(number, accesses)
             self.open[number] = kept
+
+    def _done(self, number: int, accesses: list) -> None:
+        """A wave has waited for accesses: it is now that they happened at the latest."""
+        for places, reads in accesses:
+            if reads:
+                mine = places[np.isin(self.reader[places], (number, self._MANY))]
+                self.reading[mine], self.read[mine] = False, self.epoch[number]
+            else:
+                mine = places[np.isin(self.writer[places], (number, self._ATOMIC))]
+                self.pending[mine], self.written[mine] = 0, self.epoch[number]
 
     def barrier(self, w: Waves) -> None:
         self.epoch[w.slot] += 1
@@ -155,8 +180,10 @@ class GlobalRaces(_Reports):
             self._order(w, at, active)
         writer = self.last["write"][:, places]
         bad = self._meets(wave, writer)
-        if how == "write" and bad.any():
-            bad &= w.shared.memory.bytes[places] != _octets(values, size)
+        if how == "write":
+            octets = _octets(values, size)
+            bad &= w.shared.memory.bytes[places] != octets
+            self.report(w, i, _clash(places, wave, octets), "waves write memory in one place")
         if how != "atomic":
             told = "read" if how == "read" else "written"
             self.report(w, i, bad, f"memory that another wave wrote is {told}")

@@ -22,16 +22,26 @@ from .waves import Memory
 
 @dataclass
 class Executed:
-    """A launch that ran."""
+    """A launch of what Triton compiled."""
 
-    kernel: str
+    compiled: Any = field(repr=False)
     grid: tuple[int, ...]
-    warps: int
     told: Launch
     prepared: float
     """Seconds to decode and compile the instructions, 0 when they were known."""
     seconds: float
-    hsaco: bytes = field(repr=False)
+
+    @property
+    def kernel(self) -> str:
+        return self.compiled.metadata.name
+
+    @property
+    def hsaco(self) -> bytes:
+        return self.compiled.asm["hsaco"]
+
+    @property
+    def program(self) -> Program:
+        return program(self.hsaco, self.kernel)
 
 
 class _Driver:
@@ -64,7 +74,7 @@ def program(hsaco: bytes, name: str) -> Program:
     return _programs[hsaco, name]
 
 
-def run(
+def execute_compiled(
     compiled: Any, grid: tuple[int, ...], values: list[Any], options: Options | None = None
 ) -> Launch:
     """Executes a kernel that Triton compiled. `values` are the arguments that it takes at run time:
@@ -101,8 +111,11 @@ def run(
 
 
 @contextmanager
-def executing(arch: str = "gfx950", options: Options | None = None) -> Iterator[list[Executed]]:
-    """Within it Triton kernels run here; yields the list of launches so far."""
+def executing(
+    arch: str = "gfx950", options: Options | None = None, run: bool = True
+) -> Iterator[list[Executed]]:
+    """Within it Triton kernels run here; yields the list of launches so far. Without `run` they are
+    compiled alone."""
     ran: list[Executed] = []
     compile_and_run = JITFunction.run
     try:
@@ -120,12 +133,13 @@ def executing(arch: str = "gfx950", options: Options | None = None) -> Iterator[
         signature = compiled.src.signature.items()
         values = [given[name] for name, kind in signature if kind != "constexpr"]
         start = time.perf_counter()
-        program(compiled.asm["hsaco"], compiled.metadata.name)
-        ready = time.perf_counter()
-        told = run(compiled, size, values, options)
+        told, ready = Launch(), start
+        if run:
+            program(compiled.asm["hsaco"], compiled.metadata.name)
+            ready = time.perf_counter()
+            told = execute_compiled(compiled, size, values, options)
         seconds = time.perf_counter() - ready
-        warps, hsaco = compiled.metadata.num_warps, compiled.asm["hsaco"]
-        ran.append(Executed(self.__name__, size, warps, told, ready - start, seconds, hsaco))
+        ran.append(Executed(compiled, size, told, ready - start, seconds))
         return compiled
 
     driver.set_active(_Driver(arch))

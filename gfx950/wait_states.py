@@ -1,6 +1,8 @@
 """Wait states that software must leave between instructions, because the hardware does not check:
 found over all paths of a program (CDNA3 and CDNA4 ISA, "Manually Inserted Wait States"; the numbers
-for matrix instructions are LLVM's, GCNHazardRecognizer)."""
+for matrix instructions are LLVM's, GCNHazardRecognizer).
+
+Not checked: the "soft clauses" of accesses that XNACK repeats, which LLVM parts by s_nop too."""
 
 from __future__ import annotations
 
@@ -40,6 +42,13 @@ class _Write:
     passes: int = 0
     span: frozenset[int] = frozenset()
     """All that a matrix instruction wrote."""
+    more: int = 0
+    """Wait states of its result beyond its passes."""
+
+
+_TAKEN = 1 << 16
+"""Added to a register that an instruction takes later than it is issued: the data of a store of
+more than 64 bits, the C of a matrix instruction."""
 
 
 @dataclass
@@ -75,6 +84,7 @@ class _Use:
     """A and B of a matrix instruction."""
     terms: set[int]
     """Its C."""
+    accumulators_at: int
 
     @property
     def vector(self) -> bool:
@@ -96,16 +106,16 @@ def _use(i: Instruction, accumulators_at: int) -> _Use:
         for operand in ("src0", "src1"):
             factors |= registers.operand(i, operand, accumulators_at)
         terms = registers.operand(i, "src2", accumulators_at)
-    return _Use(i, read, written, factors, terms)
+    return _Use(i, read, written, factors, terms, accumulators_at)
 
 
 def _after_matrix(use: _Use, register: int, how: _Write) -> int:
     """Wait states that a use of a matrix instruction's result needs; as the C of another, all of
     it, none."""
-    longer = how.passes + (1 if how.passes in (4, 8) else 0)
     if use.matrix and register not in use.factors:
-        return longer + 1 if register in use.terms and use.terms != how.span else 0
-    return longer + 3 if use.vector or use.memory else 0
+        overlaps = register in use.terms and use.terms != how.span
+        return how.passes + how.more - 2 if overlaps else 0
+    return how.passes + how.more if use.vector or use.memory else 0
 
 
 def _needed(use: _Use, register: int, how: _Write) -> int:
@@ -139,7 +149,8 @@ def _written_as(use: _Use, register: int) -> _Write | None:
     """How this instruction writes a register, None where nothing has to wait for it."""
     i = use.i
     if use.matrix:
-        return _Write("matrix", passes(i), frozenset(use.written))
+        more = 2 if i.name.endswith("f32") else 4 if passes(i) in (4, 8) else 3
+        return _Write("matrix", passes(i), frozenset(use.written), more)
     if not use.vector:
         return _Write("m0") if register == SCALAR + M0 else None
     if register >= SCALAR:
@@ -150,33 +161,51 @@ def _written_as(use: _Use, register: int) -> _Write | None:
     return _Write("part" if part else "vector")
 
 
+def _remember(state: _Recent, use: _Use) -> None:
+    """Carries a state over an instruction. A wait state is an instruction, or each count of
+    s_nop."""
+    i = use.i
+    state.go_on(i.get("simm16") + 1 if i.name == "s_nop" else 1)
+    for register in use.written:
+        how = _written_as(use, register)
+        state.writes.pop(register, None)
+        if how:
+            state.writes[register] = (how, 0)
+    data = "vdata" if i.has("vdata") else "data"
+    if counter(i) == "vector" and "store" in i.name and i.operands[data] > 2:
+        stored = registers.operand(i, data, use.accumulators_at)
+        state.writes |= {register + _TAKEN: (_Write("store", 2), 0) for register in stored}
+    if use.matrix:
+        taken = _Write("matrix", passes(i) - 1)
+        state.writes |= {register + _TAKEN: (taken, 0) for register in use.terms}
+
+
 def check_wait_states(program: Program) -> list[Finding]:
-    """Uses that come too soon after a write, on some path. A wait state is an instruction, or each
-    count of s_nop."""
+    """Uses that come too soon after a write, on some path."""
     kernel, found = program.kernel, {}
     uses = {a: _use(i, kernel.accumulators_at) for a, i in program.instructions.items()}
+
+    def report(i: Instruction, how: object, what: str) -> None:
+        finding = Finding("wait state", what, str(i), kernel.line(i.address))
+        found.setdefault((i.address, how), finding)
 
     def step(state: _Recent, i: Instruction) -> None:
         use = uses[i.address]
         for register in use.read | use.written if state.writes else ():
-            how, age = state.writes.get(register, (None, 0))
-            if how is None:
-                continue
-            needs = (_after_matrix if how.by == "matrix" else _needed)(use, register, how)
-            if age < needs:
-                what = (
-                    f"{registers.name(register)} is used {age} wait states after a {how.by} write"
-                )
-                finding = Finding(
-                    "wait state", f"{what}, {needs} are needed", str(i), kernel.line(i.address)
-                )
-                found.setdefault((i.address, how), finding)
-        state.go_on(i.get("simm16") + 1 if i.name == "s_nop" else 1)
-        for register in use.written:
-            how = _written_as(use, register)
-            state.writes.pop(register, None)
+            how, age = state.writes.get(register, (None, 99))
             if how:
-                state.writes[register] = (how, 0)
+                needs = (_after_matrix if how.by == "matrix" else _needed)(use, register, how)
+                if age < needs:
+                    what = f"{registers.name(register)} is used {age} wait states after a {how.by}"
+                    report(i, how, f"{what} write, {needs} are needed")
+        for register in use.written if use.vector and not use.matrix else ():
+            how, age = state.writes.get(register + _TAKEN, (None, 99))
+            if how and age < how.passes:
+                what = (
+                    f"{registers.name(register)} is overwritten {age} wait states after a {how.by}"
+                )
+                report(i, "taken", f"{what} instruction that reads it, {how.passes} are needed")
+        _remember(state, use)
 
     walk(program, _Recent(), step)
     return list(found.values())

@@ -97,15 +97,22 @@ def all_cases() -> list[Case]:
 
 
 @contextmanager
-def chip(arch: str, options: Options | None = None) -> Iterator[list[Executed]]:
+def chip(arch: str, options: Options | None = None, run: bool = True) -> Iterator[list[Executed]]:
     """Within it this process believes in a GPU of `arch`, which is gfx950/."""
     before = device.arch
     device.arch = lambda: arch
     try:
-        with executing(arch, options) as launches:
+        with executing(arch, options, run) as launches:
             yield launches
     finally:
         device.arch = before
+
+
+def _refused(implementation: Implementation, arguments: tuple, arch: str) -> str | None:
+    """Why a kernel does not take a call."""
+    if implementation.archs and not arch.startswith(implementation.archs):
+        return f"{arch} is not one of {', '.join(implementation.archs)}"
+    return implementation.requires(*arguments) if implementation.requires else None
 
 
 def execute(case: Case, options: Options | None = None, arch: str = "gfx950") -> Execution | str:
@@ -116,11 +123,20 @@ def execute(case: Case, options: Options | None = None, arch: str = "gfx950") ->
     implementation = operator.implementations[case.implementation]
     arguments = case.arguments()
     with chip(arch, options) as launches:
-        if implementation.archs and not arch.startswith(implementation.archs):
-            return f"{arch} is not one of {', '.join(implementation.archs)}"
-        reason = implementation.requires and implementation.requires(*arguments)
-        if reason:
+        if reason := _refused(implementation, arguments, arch):
             return reason
         _, errors = compare.errors(operator, implementation.load(), arguments, {})
     limit = compare.tolerance(case.operator, arguments[0].dtype).limit
     return Execution(case, max(errors.values(), default=0.0), limit, launches)
+
+
+def compile_only(case: Case, arch: str = "gfx950") -> list[Executed] | str:
+    """The launches of a call, compiled and not run; the reason where the kernel does not take
+    it."""
+    implementation = OPERATORS[case.operator].implementations[case.implementation]
+    arguments = case.arguments()
+    with chip(arch, run=False) as launches:
+        if reason := _refused(implementation, arguments, arch):
+            return reason
+        implementation.load()(*arguments)
+    return launches

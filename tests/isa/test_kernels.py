@@ -11,7 +11,6 @@ from executions import Case, Execution
 from gfx950.hazards import check_waits
 from gfx950.machine import Options
 from gfx950.races import Alignment, GlobalRaces, LocalRaces, Trace
-from gfx950.triton_driver import program
 from gfx950.wait_states import check_wait_states
 
 CASES = executions.all_cases()
@@ -45,7 +44,7 @@ def test_has_no_hazards(case: Case):
         pytest.skip(found)
     findings = list(found.findings)
     for each in found.launches:
-        ran = program(each.hsaco, each.kernel)
+        ran = each.program
         findings += check_waits(ran) + check_wait_states(ran)
     assert not findings, "\n".join(map(str, dict.fromkeys(findings)))
 
