@@ -1,4 +1,5 @@
-# make test     all tests, on a CPU, with the real host
+# make test     lint, then all tests, on a CPU, with the real host
+# make lint     format and the linter's rules (pyproject.toml, [tool.ruff]); `ruff format .` formats
 # make demo     the trained tiny checkpoint, the real server, facts recalled from a long text
 # make install  .venv with this package, SGLang and the test tools; done once, again when pyproject.toml changes
 
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.dsv4-installed
 
-.PHONY: install test demo
+.PHONY: install lint test demo
 
 install: $(INSTALLED)
 
@@ -22,7 +23,11 @@ $(INSTALLED): pyproject.toml
 # processes, whole, because the tests of a file share a server or a model.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test: install
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+test: lint
 	$(PYTEST) $(ARGS)
 	$(PYTEST) tests/kernels $(ARGS)
 

@@ -161,14 +161,15 @@ def _deep_gemm(call: Call, decode: bool) -> Peer:
     keys = cache.pages.view(-1, INDEX_PAGE_ENTRIES, 1, INDEX_BYTES)
     units = torch.cuda.get_device_properties(q.device).multi_processor_count
     schedule = deep_gemm.get_paged_mqa_logits_metadata(context, INDEX_PAGE_ENTRIES, units)
-    # noqa: E731
-    run = lambda: deep_gemm.fp8_paged_mqa_logits(
-        q.unsqueeze(1), keys, weights, context, table, schedule, entries, False
-    )
-    # noqa: E731
-    hidden = lambda rows: (
-        torch.arange(entries, device=q.device) >= plan.visible(4)[rows].unsqueeze(-1)
-    )
+
+    def run():
+        return deep_gemm.fp8_paged_mqa_logits(
+            q.unsqueeze(1), keys, weights, context, table, schedule, entries, False
+        )
+
+    def hidden(rows):
+        return torch.arange(entries, device=q.device) >= plan.visible(4)[rows].unsqueeze(-1)
+
     return Peer(
         "deep_gemm",
         run,

@@ -1,9 +1,10 @@
 """Checks and times the kernels of the attention path on a GPU, with torch, Triton and numpy alone.
 
-    python benchmarks/kernels.py [operator ...] [--model pro-tp8] [--quick] [--time-limit 600] [--out FILE.json]
-    python benchmarks/kernels.py --check-only                      # no times
-    TRITON_INTERPRET=1 python benchmarks/kernels.py --check-only   # no GPU: small shapes, interpreted
-    python benchmarks/kernels.py --markdown FILE.json              # the table of a result
+    python benchmarks/kernels.py [operator ...] [--model pro-tp8] [--quick] [--time-limit 600]
+                                 [--out FILE.json]
+    python benchmarks/kernels.py --check-only           # no times
+    python benchmarks/kernels.py --markdown FILE.json   # the table of a result
+    TRITON_INTERPRET=1 python benchmarks/kernels.py --check-only  # no GPU: small, interpreted
 
 Every call is first compared with the plain torch reference; one that is wrong is not timed, and the
 exit status is 1. What a time is held against is measured in the same run: a large copy and large

@@ -74,8 +74,8 @@ class ActiveReport:
 
     @classmethod
     def read(cls, path: Path) -> ActiveReport:
-        """Reads what `write` wrote. Raises ActiveReportError for anything else, OSError when it cannot be
-        read."""
+        """Reads what `write` wrote. Raises ActiveReportError for anything else, OSError when it
+        cannot be read."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls(content["facts"], [Row(**row) for row in content["rows"]])

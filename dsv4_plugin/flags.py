@@ -453,11 +453,14 @@ def notes(environ: Mapping[str, str] = os.environ) -> list[str]:
         row = foreign_flags()[name]
         meanings = row.get("values", {})
         text = meanings.get(value.lower(), meanings.get("other"))
+        asked = [
+            operator_flag(each.operator) for each in choices if each.source == f"{name}={value}"
+        ]
+        in_force = {flag: setting(flag, environ) for flag in asked}
         taken = [
-            f"{operator_flag(choice.operator)}={setting(operator_flag(choice.operator), environ).value}"
-            for choice in choices
-            if choice.source == f"{name}={value}"
-            and setting(operator_flag(choice.operator), environ).source == choice.source
+            f"{flag}={found.value}"
+            for flag, found in in_force.items()
+            if found.source == f"{name}={value}"
         ]
         absent = [
             f"{choice.operator} has no implementation {choice.implementation}"

@@ -7,19 +7,22 @@ from . import flags
 _HEAD = """<!-- Made by `dsv4 flags --markdown > docs/flags.md`; a test keeps it true. -->
 # Switches
 
-Nothing needs to be set: the defaults are the best settings. `dsv4 flags` prints this table with the values in force.
+Nothing needs to be set: the defaults are the best settings. `dsv4 flags` prints this table with the
+values in force.
 
 A switch has, in this order, the value of
 
 1. its own variable,
-2. a variable of SGLang's side branch, of SGLang or of the InferenceX recipes that means the same (last table),
+2. a variable of SGLang's side branch, of SGLang or of the InferenceX recipes that means the same
+   (last table),
 3. `DSV4_PROFILE`,
 4. its default.
 
-A profile is meant to be overridden in single switches. Everything else that disagrees is an error at start, and so are
-an unknown `DSV4_*` variable, a value that a switch does not take, layers chosen for an operator that runs its reference
-anyway, and an implementation that is named but cannot run. There is no silent fall-back: `auto` alone may pass over an
-implementation, and the report says why it did.
+A profile is meant to be overridden in single switches. Everything else that disagrees is an error
+at start, and so are an unknown `DSV4_*` variable, a value that a switch does not take, layers
+chosen for an operator that runs its reference anyway, and an implementation that is named but
+cannot run. There is no silent fall-back: `auto` alone may pass over an implementation, and the
+report says why it did.
 """
 
 

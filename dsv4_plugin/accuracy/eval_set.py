@@ -3,12 +3,13 @@ unseen text, drafts."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from scipy.stats import binomtest
 
 from .recall import document, held_out
 from .score import EvalError, Score
@@ -61,10 +62,8 @@ class Share:
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % score interval (E. B. Wilson, 1927), which stays within 0 and 1 and is
         sound for few trials."""
-        n, p, z2 = self.count, self.value, NORMAL**2
-        centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-        half = NORMAL / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
+        found = binomtest(self.hits, self.count).proportion_ci(0.95, method="wilson")
+        return float(found.low), float(found.high)
 
 
 @dataclass(frozen=True)

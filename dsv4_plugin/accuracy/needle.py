@@ -82,9 +82,9 @@ def cases(lengths: Iterable[int], each: int, seed: int) -> list[Case]:
 def prompt(case: Case, sentences: int) -> str:
     """The text of `sentences` sentences with the needle at its depth, and the question."""
     draw = random.Random(f"{case.number} {case.depth}")
+    parts = _WHO, _DID, _WHAT, _WHEN
     text = [
-        f"{draw.choice(_WHO)} {draw.choice(_DID)} {draw.choice(_WHAT)} {draw.choice(_WHEN)}.".capitalize()
-        for _ in range(sentences)
+        f"{' '.join(draw.choice(part) for part in parts)}.".capitalize() for _ in range(sentences)
     ]
     text.insert(round(case.depth * sentences), f"The code of the {case.subject} is {case.number}.")
     return (

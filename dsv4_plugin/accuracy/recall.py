@@ -20,15 +20,21 @@ from .needle import Answer
 from .score import EvalError, Score
 
 NAMES = tuple(
-    """Alma Bert Carl Dora Emil Faye Gwen Hugo Iris Jack Kate Lena Milo Nina Otto Pete Rosa Stan Tess Ulla Vera
-Walt Xena Yuri Zoe Andy Beth Cleo Dave Elsa Fred Gina Hank Inga Jill Kurt Lily Marc Nell Olaf Pam Rick Sven Tara Hilda Vito
-Wendy Yara Zack Abby Ben Cora Dirk Emma Finn Greta Hans Ivan Jane Kim Lars Maya Nick Olga""".split()
+    """
+    Alma Bert Carl Dora Emil Faye Gwen Hugo Iris Jack Kate Lena Milo Nina Otto Pete Rosa
+    Stan Tess Ulla Vera Walt Xena Yuri Zoe Andy Beth Cleo Dave Elsa Fred Gina Hank Inga
+    Jill Kurt Lily Marc Nell Olaf Pam Rick Sven Tara Hilda Vito Wendy Yara Zack Abby Ben
+    Cora Dirk Emma Finn Greta Hans Ivan Jane Kim Lars Maya Nick Olga
+    """.split()
 )
 THINGS = tuple(
-    """tea chess jazz opera tennis cheese pizza coffee poker golf yoga rugby soup rice pasta lemons apples cherries
-tulips roses trains planes boats cars kites comics puzzles poems novels ballet tango waltz drums guitars violins pianos flutes
-cats dogs foxes owls wolves bears tigers pandas ducks swans bees ants whales seals robots rockets stars comets clouds rain snow
-storms rivers lakes hills caves castles""".split()
+    """
+    tea chess jazz opera tennis cheese pizza coffee poker golf yoga rugby soup rice
+    pasta lemons apples cherries tulips roses trains planes boats cars kites comics
+    puzzles poems novels ballet tango waltz drums guitars violins pianos flutes cats
+    dogs foxes owls wolves bears tigers pandas ducks swans bees ants whales seals robots
+    rockets stars comets clouds rain snow storms rivers lakes hills caves castles
+    """.split()
 )
 FACTS, DISTRACTORS = 24, 16
 """Facts of a document that are asked for, and facts about others between telling and asking."""
@@ -277,7 +283,9 @@ def _fitted(
     """A document at `rate` tokens a character, made once more when the server counts others in it,
     and the rate it has."""
     for _ in range(2):
-        made = document(text, lambda part: rate * len(part), distance, each, DISTRACTORS, seed)
+        made = document(
+            text, lambda part, rate=rate: rate * len(part), distance, each, DISTRACTORS, seed
+        )
         first = made.trials[0]
         prompt = made.chat(first) if chat else made.prompt(first)
         counted = ask(prompt).prompt_tokens / len(prompt)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -336,7 +337,7 @@ def _sweep(
         )
         store = Store(place, deployment.identity(concurrency), arguments.again)
         results += sweep(
-            lambda: deployment.open(concurrency),
+            partial(deployment.open, concurrency),
             group,
             store,
             arguments.repeat,

@@ -361,4 +361,5 @@ def _seams() -> Iterator[Check]:
 
 
 def _origin(value: object) -> str:
-    return f"{getattr(value, '__module__', type(value).__module__)}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import importlib.util
 import os
-import re
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,19 +80,13 @@ class Patch:
                 f"{self.name}: {what} in {root}; nothing was changed. Reinstall sglang"
                 f" {self.versions} (pip install --force-reinstall --no-deps), then apply it again"
             )
-        result = {}
-        for path, hunks in _hunks(self.name, self.diff).items():
-            result[path] = _changed(self.name, path, (root / path).read_bytes(), hunks, revert)
-            if _hash(result[path]) != self.files[path]["original" if revert else "patched"]:
+        result = _applied(self, root, revert)
+        for path, content in result.items():
+            if _hash(content) != self.files[path]["original" if revert else "patched"]:
                 raise PatchError(
-                    f"{self.name}: its .patch file does not give the content that its record names;"
-                    " it is damaged, reinstall dsv4_plugin"
+                    f"{self.name}: its .patch file does not give the content that its record names"
+                    f" for {path}; it is damaged, reinstall dsv4_plugin"
                 )
-        if set(result) != set(self.files):
-            raise PatchError(
-                f"{self.name}: its .patch file changes other files than its record names; reinstall"
-                " dsv4_plugin"
-            )
         return result
 
 
@@ -157,52 +152,40 @@ def _side(path: Path, hashes: dict[str, str]) -> str | None:
     return next((side for side, known in hashes.items() if known == found), None)
 
 
-@dataclass
-class _Hunk:
-    start: int
-    """First line of the old side, from 0."""
-    old: list[str]
-    new: list[str]
-
-
-def _hunks(name: str, diff: str) -> dict[str, list[_Hunk]]:
-    """Hunks of a unified diff by path in the sglang package."""
-    files: dict[str, list[_Hunk]] = {}
-    for line in diff.splitlines(keepends=True):
-        if line.startswith("--- "):
-            continue
-        if line.startswith("+++ b/python/sglang/"):
-            current = files.setdefault(line.removeprefix("+++ b/python/sglang/").strip(), [])
-        elif match := re.match(r"@@ -(\d+)", line):
-            current.append(_Hunk(int(match[1]) - 1, [], []))
-        elif line[0] in " -+" and files:
-            hunk = current[-1]
-            hunk.old += [line[1:]] if line[0] != "+" else []
-            hunk.new += [line[1:]] if line[0] != "-" else []
-        else:
-            raise PatchError(
-                f"{name}: {line.strip()!r} is no line of a patch; it is damaged, reinstall"
-                " dsv4_plugin"
+def _applied(patch: Patch, root: Path, revert: bool) -> dict[str, bytes]:
+    """The files of `patch` in the package at `root` as `git apply` changes copies of them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in patch.files:
+            (Path(scratch) / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / path, Path(scratch) / path)
+        try:
+            # -p3 takes b/python/sglang/ from the front of each path
+            done = subprocess.run(
+                ["git", "apply", "-p3", *(["--reverse"] if revert else []), "-"],
+                input=patch.diff.encode(),
+                cwd=scratch,
+                env=_git_environment(scratch),
+                capture_output=True,
             )
-    return files
-
-
-def _changed(name: str, path: str, content: bytes, hunks: list[_Hunk], revert: bool) -> bytes:
-    """`content` with the hunks applied at exactly the lines they name."""
-    lines = content.decode("utf-8").splitlines(keepends=True)
-    result, at, moved = [], 0, 0
-    for hunk in hunks:
-        before, after = (hunk.new, hunk.old) if revert else (hunk.old, hunk.new)
-        start = hunk.start + (moved if revert else 0)
-        moved += len(hunk.new) - len(hunk.old)
-        if lines[start : start + len(before)] != before:
+        except FileNotFoundError:
+            raise PatchError("git is not installed; it is what applies patches") from None
+        if done.returncode:
+            complaint = done.stderr.decode(errors="replace").strip().splitlines()[-1]
             raise PatchError(
-                f"{name}: {path} does not hold what the patch changes at line {start + 1}; it is"
-                " damaged, reinstall dsv4_plugin"
+                f"{patch.name}: its .patch file is damaged ({complaint}); reinstall dsv4_plugin"
             )
-        result += lines[at:start] + after
-        at = start + len(before)
-    return "".join(result + lines[at:]).encode("utf-8")
+        return {path: (Path(scratch) / path).read_bytes() for path in patch.files}
+
+
+def _git_environment(scratch: str) -> dict[str, str]:
+    """This process's without what would have git look at a repository, or change ends of lines."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    return {
+        **inherited,
+        "GIT_CEILING_DIRECTORIES": str(Path(scratch).parent),
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_NOSYSTEM": "1",
+    }
 
 
 def chosen(names: list[str], known: list[Patch]) -> Iterator[Patch]:

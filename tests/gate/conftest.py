@@ -10,8 +10,10 @@ import pytest
 
 from dsv4_plugin.checkpoint.tiny import tiny_config, write_tiny
 
-WORDS = """river stone lantern harvest window market garden winter shepherd letter copper bridge morning orchard candle
-valley anchor meadow thunder basket""".split()
+WORDS = """
+    river stone lantern harvest window market garden winter shepherd letter copper
+    bridge morning orchard candle valley anchor meadow thunder basket
+    """.split()
 
 
 @pytest.fixture(scope="session")

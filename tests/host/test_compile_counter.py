@@ -24,7 +24,8 @@ def doubled(x, n: tl.constexpr):
     at = tl.arange(0, n)
     tl.store(x + at, tl.load(x + at) * 2)
 def build(n):
-    compile(ASTSource(doubled, {"x": "*fp32", "n": "constexpr"}, {"n": n}), target=GPUTarget("hip", "gfx950", 64))
+    source = ASTSource(doubled, {"x": "*fp32", "n": "constexpr"}, {"n": n})
+    compile(source, target=GPUTarget("hip", "gfx950", 64))
 build(64); assert counter.count == 0
 recorder.ready = True
 build(64); assert counter.count == 0, "it is in the cache"

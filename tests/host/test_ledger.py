@@ -17,8 +17,9 @@ PLUGIN = """
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 def register():
-    HookRegistry.register("sglang.srt.mem_cache.kv_cache_configurator.reject_out_of_tree_path", lambda *a, **k: None,
-                          HookType.REPLACE)
+    HookRegistry.register(
+        "sglang.srt.mem_cache.kv_cache_configurator.reject_out_of_tree_path",
+        lambda *a, **k: None, HookType.REPLACE)
 """
 
 
@@ -39,7 +40,8 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.platforms import current_platform
 import sys
-print(ModelRegistry.models["DeepseekV4ForCausalLM"].__module__, ATTENTION_BACKENDS["dsv4"].__module__,
+print(ModelRegistry.models["DeepseekV4ForCausalLM"].__module__,
+      ATTENTION_BACKENDS["dsv4"].__module__,
       type(current_platform).__module__, "dsv4_plugin.model" in sys.modules)
 """
 

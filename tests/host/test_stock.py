@@ -18,7 +18,8 @@ if "hidden" in sys.argv:  # as if dsv4_plugin were not installed
         found = everything(**query)
         if not query:
             return found
-        return importlib.metadata.EntryPoints(entry for entry in found if not entry.value.startswith("dsv4_plugin"))
+        return importlib.metadata.EntryPoints(
+            entry for entry in found if not entry.value.startswith("dsv4_plugin"))
     importlib.metadata.entry_points = others
     sys.modules["dsv4_plugin"] = None
 before = dict(os.environ)
@@ -34,19 +35,27 @@ load_plugins()
 if "hidden" in sys.argv:
     del sys.modules["dsv4_plugin"]
 def origin(value):
-    return f"{getattr(value, '__module__', type(value).__module__)}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    module = getattr(value, "__module__", type(value).__module__)
+    return f"{module}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+def several(value):
+    return isinstance(value, (list, tuple, set))
 def shown(table):
-    return {str(key): [origin(v) for v in value] if isinstance(value, (list, tuple, set)) else origin(value)
+    return {str(key): [origin(v) for v in value] if several(value) else origin(value)
             for key, value in dict(table).items()}
-ours = sorted(f"{name}.{attribute}" for name, module in list(sys.modules.items()) if name.startswith("sglang")
+ours = sorted(f"{name}.{attribute}" for name, module in list(sys.modules.items())
+              if name.startswith("sglang")
               for attribute, value in list(vars(module).items())
               if str(getattr(value, "__module__", "")).startswith("dsv4_plugin"))
 print(json.dumps({
     "models": shown(ModelRegistry.models), "backends": shown(ATTENTION_BACKENDS),
-    "quantization": shown(QUANTIZATION_METHODS), "overrides": shown(model_override_base._MODEL_OVERRIDE_FNS),
+    "quantization": shown(QUANTIZATION_METHODS),
+    "overrides": shown(model_override_base._MODEL_OVERRIDE_FNS),
     "resolution": shown(resolution_hooks._HOOKS), "platform": origin(type(current_platform)),
-    "choices": {name: value for name, value in vars(choices).items() if name.endswith("CHOICES") and isinstance(value, list)},
-    "hooks": {name: re.sub(" at 0x[0-9a-f]+", "", str(value)) for name, value in vars(HookRegistry).items() if isinstance(value, (dict, list, set))},
+    "choices": {name: value for name, value in vars(choices).items()
+                if name.endswith("CHOICES") and isinstance(value, list)},
+    "hooks": {name: re.sub(" at 0x[0-9a-f]+", "", str(value))
+              for name, value in vars(HookRegistry).items()
+              if isinstance(value, (dict, list, set))},
     "gate": origin(kv_cache_configurator.reject_out_of_tree_path),
     "host attributes that are ours": ours,
     "environment": {name: value for name, value in os.environ.items() if before.get(name) != value},

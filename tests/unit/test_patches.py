@@ -21,14 +21,20 @@ PATCHES = {patch.name: patch for patch in patches.patches()}
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def wheel(tmp_path):
-    """A copy of the installed wheel's files that patches change."""
+def released(host, directory):
+    """A copy of the files that patches change, as released: what somebody applied to `host` is
+    reverted."""
     for patch in PATCHES.values():
         for path in patch.files:
-            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(patches.host_root() / path, tmp_path / path)
-    return tmp_path
+            (directory / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(host / path, directory / path)
+        patches.write(directory, patch.apply(directory, revert=True))
+    return directory
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    return released(patches.host_root(), tmp_path / "wheel")
 
 
 def contents(root):
@@ -54,9 +60,11 @@ def test_on_and_off_byte_for_byte_and_twice_is_once(wheel, name, capsys):
     assert not [path for path in wheel.rglob("tmp*")]
 
 
-def test_all_fit_together(wheel):
+def test_all_fit_together(wheel, tmp_path):
     before = contents(wheel)
     main(["patch", "apply", "--root", str(wheel), "--write"])
+    again = released(wheel, tmp_path / "of a host that a user patched")
+    assert list(contents(again).values()) == list(before.values())
     assert {patch.state(wheel) for patch in PATCHES.values()} == {APPLIED}
     main(["patch", "revert", "--root", str(wheel), "--write"])
     assert contents(wheel) == before
@@ -96,9 +104,10 @@ def test_half_a_patch_is_refused(wheel):
         (
             "     ).to(tl.float32)",
             "     ).to(tl.float16)",
-            "does not hold what the patch changes at line 43",
+            "is damaged .*patch does not apply",
         ),
-        ("@@ -43", "## -43", "is no line of a patch"),
+        ("@@ -43", "## -43", "is damaged"),
+        ("sglang/kernels/ops/moe/triton", "sglang/another", "is damaged"),
     ],
 )
 def test_a_damaged_patch_is_refused(wheel, tmp_path_factory, old, new, message):
@@ -107,7 +116,7 @@ def test_a_damaged_patch_is_refused(wheel, tmp_path_factory, old, new, message):
         shutil.copy(path, damaged)
     path = damaged / "hash-router-underflow.patch"
     assert old in path.read_text()
-    path.write_text(path.read_text().replace(old, new, 1))
+    path.write_text(path.read_text().replace(old, new))
     with pytest.raises(PatchError, match=message):
         patches.patches(damaged)[0].apply(wheel)
 
@@ -184,7 +193,8 @@ table = torch.arange(6).view(1, 6)
 rows = []
 for logit in (-200.0, -30.0, -18.0, -5.0, 0.0, 30.0):
     logits = torch.full((1, 8), logit); logits[0, 0] += 1
-    weights, ids = hash_topk_triton(logits, torch.zeros(1, dtype=torch.int64), table, 1, 2.5, "sqrtsoftplus")
+    token = torch.zeros(1, dtype=torch.int64)
+    weights, ids = hash_topk_triton(logits, token, table, 1, 2.5, "sqrtsoftplus")
     assert ids.tolist() == [[0, 1, 2, 3, 4, 5, 8]]
     score = torch.nn.functional.softplus(logits[0, :6].double()).sqrt()
     want = score / score.sum() if score.sum() > 1e-30 else torch.full((6,), 1 / 6)
@@ -213,11 +223,13 @@ def resolved(answer):
         if answer != "unset":
             def get_kv_pool_cls(self, *, kind): return answer
     host.current_platform = Platform()
+    resolve = host.KVCacheConfigurator._resolve_kv_pool_class
     try:
-        return host.KVCacheConfigurator._resolve_kv_pool_class(None, kind="dsv4", default=host.DeepSeekV4TokenToKVPool).__name__
+        return resolve(None, kind="dsv4", default=host.DeepSeekV4TokenToKVPool).__name__
     except (KeyError, TypeError) as error:
         return type(error).__name__
-print(json.dumps([resolved("unset"), resolved(own), resolved(int), open(host.__file__).read().count("the DeepSeek-V4 KV pool")]))
+spoken = open(host.__file__).read().count("the DeepSeek-V4 KV pool")
+print(json.dumps([resolved("unset"), resolved(own), resolved(int), spoken]))
 """
 
 
@@ -235,7 +247,8 @@ _PIN = """
 import ast, json, torch
 from sglang.srt.model_executor import forward_batch_info as host
 tree = ast.parse(open(host.__file__).read())
-[value] = [node.value for node in ast.walk(tree) if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "self.use_pin_memory"]
+[value] = [node.value for node in ast.walk(tree) if isinstance(node, ast.Assign)
+           and ast.unparse(node.targets[0]) == "self.use_pin_memory"]
 batch = type("Batch", (), {"global_num_tokens_gpu": torch.zeros(1)})
 print(json.dumps(bool(eval(ast.unparse(value), vars(host), {"self": batch}))))
 """

@@ -286,7 +286,7 @@ def _attend(
     else:
         TILE: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 8, [1, 0])
     tile_memory = ()  # a piece a block: the compiler puts a barrier between two stores to one
-    for block in gl.static_range(_BLOCKS):
+    for _block in gl.static_range(_BLOCKS):
         tile_memory = tile_memory + (
             gl.allocate_shared_memory(gl.bfloat16, [BLOCK_K, _BLOCK], TILE),
         )

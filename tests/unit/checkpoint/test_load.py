@@ -277,7 +277,8 @@ import sys, torch
 from dsv4_plugin.checkpoint.files import CheckpointFiles
 
 def peak():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 torch.ones(2**20, dtype=torch.int8).view(torch.int32).sum()
 files = CheckpointFiles(sys.argv[1])

@@ -200,7 +200,10 @@ def test_components_add_up_and_peaks_bound_them():
 
 def test_attention_groups_hold_whole_heads_and_divide_the_caches():
     tensor, data = (decode_step(PRO, MI355X, layout, 64, 8192) for layout in (TP8, Layout(8, dp=8)))
-    of = lambda step, name: next(c for c in step.components if c.name == name)
+
+    def of(step, name):
+        return next(c for c in step.components if c.name == name)
+
     assert of(data, "wq_b").bytes == 8 * of(tensor, "wq_b").bytes
     assert 8 * of(data, "selected").bytes == of(tensor, "selected").bytes
     assert of(data, "routed_experts").bytes == of(tensor, "routed_experts").bytes
