@@ -47,9 +47,9 @@ def markdown() -> str:
         "",
         (
             f"Each operator has two: `DSV4_<OPERATOR>` is `{flags.AUTO}` (the default),"
-            f" `{flags.REFERENCE}` or one of the implementations that the operator has, in the order"
-            " that auto tries them; and `DSV4_LAYERS_<OPERATOR>` lists the layers, as `0-3,7`, that"
-            " take it; all other layers then take the reference, which is how a wrong"
+            f" `{flags.REFERENCE}` or one of the implementations that the operator has, in the"
+            " order that auto tries them; and `DSV4_LAYERS_<OPERATOR>` lists the layers, as"
+            " `0-3,7`, that take it; all other layers then take the reference, which is how a wrong"
             " implementation is found by bisection."
         ),
         "",

@@ -11,8 +11,8 @@ MODELS = Path(__file__).with_name("models")
 
 
 def load_geometry(model: str) -> Geometry:
-    """Geometry of a released model ("pro-0813"), a config.json or a directory that holds one. Raises
-    ConfigError."""
+    """Geometry of a released model ("pro-0813"), a config.json or a directory that holds one.
+    Raises ConfigError."""
     released = MODELS / f"{model.lower()}.json"
     path = Path(model)
     if released.is_file() and "/" not in model:

@@ -55,8 +55,8 @@ def tiny_config(
 
     Without `compress_ratios` (one per backbone layer) the layers follow Flash: 0, 0, then 4 and 128
     in turn. With `dspark_stages` the draft is a DSpark one, which reads the layers `dspark_taps`
-    (the last three by default), in the place of MTP blocks. Raises ConfigError naming the option and its value for sizes that the formats or the
-    geometry do not allow.
+    (the last three by default), in the place of MTP blocks. Raises ConfigError naming the option
+    and its value for sizes that the formats or the geometry do not allow.
     """
     for name, value, unit in (
         ("layers", layers, 1),

@@ -174,7 +174,8 @@ def _complaint(result) -> str:
         result.note if result.error == float("inf") and result.note else f"error {result.error:.2e}"
     )
     if result.subject in ("model", "ranks"):
-        return f"the {result.subject} {'is' if result.subject == 'model' else 'are'} wrong: {result.case}, {off}"
+        verb = "is" if result.subject == "model" else "are"
+        return f"the {result.subject} {verb} wrong: {result.case}, {off}"
     if result.implementation == REFERENCE:
         return (
             f"the reference of {result.subject} is wrong on this device ({result.case}): {off};"

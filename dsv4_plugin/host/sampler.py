@@ -74,4 +74,5 @@ SAMPLER = Seam(
     take=_take,
     found=lambda: [Sampler.forward],
 )
-"""Taken where our model is built; in the process of any other model the sampler stays the host's."""
+"""Taken where our model is built; in the process of any other model the sampler stays the
+host's."""

@@ -56,8 +56,8 @@ def watched() -> Iterator[Seen]:
 
 
 class Agreement:
-    """The choice of `what` in the ranks of `groups`: rank 0's, or with DSV4_CHOICES=each everybody's
-    own."""
+    """The choice of `what` in the ranks of `groups`: rank 0's, or with DSV4_CHOICES=each
+    everybody's own."""
 
     def __init__(self, what: str, *groups: Group):
         self.what = what

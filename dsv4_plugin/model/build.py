@@ -15,7 +15,6 @@ from ..ops import block_fp8_linear
 from ..parallel import Parallel
 from .linear import Linear, Norm, Rows
 
-
 _SHARE = 16
 """Decoded matrices may take this part of a GPU's memory more than packed ones."""
 

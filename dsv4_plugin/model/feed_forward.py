@@ -64,7 +64,7 @@ class FeedForward(nn.Module):
         self.gate = Gate(build, geometry.is_hash_routed(layer))
         self.experts = Experts(build)
         self.shared_experts = SharedExpert(build)
-        # A table chooses the same on every rank, and weights that differ in the last bit are no harm.
+        # A table chooses the same on every rank; weights that differ in the last bit are no harm.
         deciding = (
             () if geometry.is_hash_routed(layer) else (parallel.expert, parallel.expert_tensor)
         )

@@ -41,8 +41,8 @@ def block_fp8_linear(
 def linear_fp32(
     x: Tensor, weight: Tensor, parts: tuple[int, ...] = ()
 ) -> Tensor | tuple[Tensor, ...]:
-    """x Wᵀ [T, out] with fp32 accumulation and an fp32 result, for projections that docs/model.md §6
-    keeps in fp32; with `parts`, which sum to out, as one contiguous tensor for
+    """x Wᵀ [T, out] with fp32 accumulation and an fp32 result, for projections that docs/model.md
+    §6 keeps in fp32; with `parts`, which sum to out, as one contiguous tensor for
     each."""
     return _cut(F.linear(x.float(), weight.float()), parts)
 

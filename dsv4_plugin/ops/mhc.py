@@ -58,8 +58,8 @@ def mhc_pre(
     norm_eps: float,
     quantize: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """What a sub-layer reads and how its output returns: (input [T, d], its e4m3 codes [T, d], their
-    fp32 scales [T, d/128], post [T, n], comb [T, n, n]).
+    """What a sub-layer reads and how its output returns: (input [T, d], its e4m3 codes [T, d],
+    their fp32 scales [T, d/128], post [T, n], comb [T, n, n]).
 
     `streams` [T, n, d]; `fn` fp32 [2n + n², n·d], `base` fp32 [2n + n²], `scale` fp32 [3]. The
     collapsed streams, in their dtype, are normed with `norm_weight` [d]; codes and scales are None

@@ -41,8 +41,8 @@ FP8 = Tolerance(
 )
 FP8_TWICE = Tolerance(
     9e-2,
-    "inputs of both products of an expert may be rounded to e4m3: gate, up and hidden values move by"
-    " 2.6 % each, a row by 4.5 %; twice that in the worst row",
+    "inputs of both products of an expert may be rounded to e4m3: gate, up and hidden values move"
+    " by 2.6 % each, a row by 4.5 %; twice that in the worst row",
 )
 
 _DISCRETE = {"topk_select", "build_step_plan", "sample_greedy"}

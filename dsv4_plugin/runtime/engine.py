@@ -117,7 +117,8 @@ class Engine:
         """The step plan that adds that many tokens to each sequence; pages are taken, lengths
         advance.
 
-        With `may_shrink` they may be cut back to all but the first of these tokens. Raises PoolFull, with nothing taken, when there are too few pages for all of the batch.
+        With `may_shrink` they may be cut back to all but the first of these tokens. Raises
+        PoolFull, with nothing taken, when there are too few pages for all of the batch.
         """
         prefix = torch.tensor([sequence.length for sequence, _ in batch], dtype=torch.int64)
         counts = torch.tensor([count for _, count in batch], dtype=torch.int64)

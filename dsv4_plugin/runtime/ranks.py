@@ -38,8 +38,8 @@ class RanksError(RuntimeError):
 
 @dataclass(frozen=True)
 class Run:
-    """Who decides (DSV4_CHOICES), and whether the activations of the last rank are off in their last
-    bit."""
+    """Who decides (DSV4_CHOICES), and whether the activations of the last rank are off in their
+    last bit."""
 
     choices: str = "first"
     noisy: bool = False

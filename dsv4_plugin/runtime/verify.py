@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
+from .. import flags
 from ..checkpoint.load import load_checkpoint
 from ..checkpoint.tiny import tiny_config, write_tiny
 from ..config import Geometry, Precision
-from .. import flags
 from ..device import arch
 from ..flags import REFERENCE
 from ..model import DeepseekV4

@@ -60,7 +60,8 @@ def test_matches_reference(batch, heads, queries, monkeypatch):
 
 @pytest.mark.parametrize("block", [1, 4, 9])
 def test_blocks_of_rows_give_the_whole(block, monkeypatch):
-    """A long prefill is scored in blocks of rows, which cut requests and groups of rows anywhere."""
+    """A long prefill is scored in blocks of rows, which cut requests and groups of rows
+    anywhere."""
     monkeypatch.setattr(kernels, "_config", lambda phase: kernels.Config(2, 128, 4, 1, 3))
     q, weights, cache, plan = make_case(*BATCHES["prefill after a prefix, odd groups"])
     whole = indexer_logits.reference(q, weights, cache, plan)

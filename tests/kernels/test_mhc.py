@@ -111,7 +111,8 @@ def test_a_row_has_the_same_bits_in_any_batch():
 
 
 def test_the_product_is_exact_where_fp32_sums_are():
-    """Each weight has 24 bits, one in every stripe: TF32 or two pieces of bf16 would lose the last."""
+    """Each weight has 24 bits, one in every stripe: TF32 or two pieces of bf16 would lose the
+    last."""
     dim = 256
     streams = torch.zeros(1, 4, dim).bfloat16()
     streams[0, 1, 130] = 3.0

@@ -1,5 +1,5 @@
-"""Launchers refuse tensors whose memory lies otherwise than their kernel reads it, by name; they copy
-nothing."""
+"""Launchers refuse tensors whose memory lies otherwise than their kernel reads it, by name; they
+copy nothing."""
 
 from __future__ import annotations
 

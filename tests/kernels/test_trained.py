@@ -1,5 +1,5 @@
-"""The trained checkpoint recalls what it was told a thousand tokens before with every Triton kernel:
-those of the attention path, then those of routing and experts."""
+"""The trained checkpoint recalls what it was told a thousand tokens before with every Triton
+kernel: those of the attention path, then those of routing and experts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Speculation changes the number of steps and nothing else: rollback to every length, greedy tokens,
-the law of sampled ones, the account of what was accepted.
+"""Speculation changes the number of steps and nothing else: rollback to every length, greedy
+tokens, the law of sampled ones, the account of what was accepted.
 
 Equal tokens prove little: a compressor that lost a row gives logits that are off by 1e-3 and the
 same tokens. So logits are compared, over rings that start as NaN.

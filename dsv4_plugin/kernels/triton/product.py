@@ -334,8 +334,8 @@ class Tiling:
 
 
 def _most_tokens() -> int:
-    """Of a tile: registers hold three sums of each of its elements, and on gfx942 the bytes on their
-    way to being operands."""
+    """Of a tile: registers hold three sums of each of its elements, and on gfx942 the bytes on
+    their way to being operands."""
     return 128 if device.arch() == "gfx950" else 64
 
 

@@ -1,4 +1,5 @@
-"""Launches of block_fp8_linear, linear_fp32 and grouped_output at the shapes of Pro on eight ranks."""
+"""Launches of block_fp8_linear, linear_fp32 and grouped_output at the shapes of Pro on eight
+ranks."""
 
 import torch
 from registry import Case, Units

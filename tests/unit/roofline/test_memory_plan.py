@@ -85,8 +85,8 @@ def test_a_token_costs_what_the_pages_of_a_pool_take():
 
 
 def test_pro_by_hand():
-    """584 bytes a latent, 132 an index key (docs/model.md §4); pages of c128 are padded from 1168 to
-    1728 bytes, of c4 from 37376 to 37440, of the window from 149504 to 149760."""
+    """584 bytes a latent, 132 an index key (docs/model.md §4); pages of c128 are padded from 1168
+    to 1728 bytes, of c4 from 37376 to 37440, of the window from 149504 to 149760."""
     plan = memory_plan(PRO, Layout(8), MI355X.memory)
     window = 61 * 149760 / 256 + 30 * 8 * 4 * (2048 + 512) / 256
     token = 0.1 * window + 30 * (37440 / 256 + 132 / 4) + 31 * 1728 / 256
