@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ..roofline.fit import Fit
     from ..roofline.hardware import Hardware
     from ..roofline.limit import LimitPoint
+    from ..roofline.speculation import Speculation
     from ..roofline.step import Step
 
 
@@ -18,7 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="pro",
-        help="pro, flash, or a config.json or its directory (default: %(default)s)",
+        help=(
+            "pro, flash, pro-0813, flash-0731, or a config.json or its directory"
+            " (default: %(default)s)"
+        ),
     )
     parser.add_argument(
         "--gpu", default="MI355X", help="GPU of roofline/hardware.yaml (default: %(default)s)"
@@ -59,6 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=(
             "nominal tokens of the best possible curve; lengths are 0.8 to 1 of them "
             "(default: 8192/1024)"
+        ),
+    )
+    parser.add_argument(
+        "--accepted-length",
+        type=float,
+        metavar="TOKENS",
+        help=(
+            "draft with the model's DSpark stages, and assume that a verification gives so many"
+            " tokens on average, the one after the drafts included"
         ),
     )
     parser.add_argument(
@@ -109,8 +122,9 @@ def _figures(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..checkpoint.released import load_geometry
     from ..roofline import assumptions, limit, weights
     from ..roofline.hardware import Hardware
-    from ..roofline.layout import Layout
+    from ..roofline.layout import Layout, LayoutError
     from ..roofline.memory import largest_batch, resident
+    from ..roofline.speculation import speculation
     from ..roofline.step import decode_step, prefill_step
 
     geometry = load_geometry(arguments.model)
@@ -130,7 +144,25 @@ def _figures(arguments: argparse.Namespace) -> dict[str, Any]:
         limit.Workload.nominal(*arguments.workload),
         efficiency=efficiency,
         index_dtype=arguments.index_dtype,
+        accepted_length=arguments.accepted_length,
     )
+    rounds = []
+    if arguments.accepted_length is not None:
+        if arguments.prefill:
+            raise LayoutError("--accepted-length is of decode steps; leave out --prefill")
+        rounds = [
+            speculation(
+                geometry,
+                hardware,
+                layout,
+                batch,
+                context,
+                arguments.accepted_length,
+                arguments.index_dtype,
+            ).under(efficiency)
+            for context, batch in shapes
+        ]
+    drafting = bool(rounds)
     holdings = weights.holdings(geometry)
     return {
         "model": arguments.model,
@@ -144,12 +176,17 @@ def _figures(arguments: argparse.Namespace) -> dict[str, Any]:
         "mtp_parameters": sum(holding.elements for holding in holdings if holding.mtp),
         "checkpoint_bytes": sum(holding.bytes for holding in holdings),
         "bytes_by_group": weights.component_bytes(geometry),
-        "resident_bytes_per_gpu": resident(geometry, layout),
+        "resident_bytes_per_gpu": resident(geometry, layout, drafting),
         "largest_batch": {
-            str(context): largest_batch(geometry, hardware, layout, context, arguments.index_dtype)
+            str(context): largest_batch(
+                geometry, hardware, layout, context, arguments.index_dtype, drafting
+            )
             for context in arguments.context
         },
         "steps": [_step(step, batch) for step, (_, batch) in zip(steps, shapes)],
+        "speculation": [
+            _round(each, step, batch) for each, step, (_, batch) in zip(rounds, steps, shapes)
+        ],
         "curve": {
             "workload": "/".join(map(str, arguments.workload)),
             "points": list(map(_limit_point, points)),
@@ -183,6 +220,18 @@ def _step(step: Step, batch: int) -> dict[str, Any]:
     }
 
 
+def _round(found: Speculation, plain: Step, batch: int) -> dict[str, Any]:
+    return {
+        "batch": batch,
+        "context": plain.context,
+        "accepted_length": found.accepted_length,
+        "verify": _step(found.verify, batch),
+        "draft": _step(found.draft, batch),
+        "token_seconds": found.seconds,
+        "plain_token_seconds": plain.seconds,
+    }
+
+
 def _limit_point(point: LimitPoint) -> dict[str, Any]:
     return {
         "conc": point.concurrency,
@@ -190,7 +239,7 @@ def _limit_point(point: LimitPoint) -> dict[str, Any]:
         "tput_per_gpu": point.tput_per_gpu,
         "tpot_seconds": point.tpot,
         "prefill_seconds": point.prefill_seconds,
-        "decode_seconds": point.decode.seconds,
+        "decode_seconds": point.decode_seconds,
     }
 
 
@@ -291,6 +340,23 @@ def _tables(figures: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list
             for c in last["components"]
         ],
     )
+    if rounds := figures["speculation"]:
+        yield (
+            f"With the draft, {rounds[0]['accepted_length']:g} tokens a verification, ms",
+            ["batch", "context", "verify", "draft", "a token", "without", "gain"],
+            [
+                [
+                    str(r["batch"]),
+                    str(r["context"]),
+                    _ms(r["verify"]["seconds"]),
+                    _ms(r["draft"]["seconds"]),
+                    _ms(r["token_seconds"]),
+                    _ms(r["plain_token_seconds"]),
+                    f"{r['plain_token_seconds'] / r['token_seconds']:.2f} ×",
+                ]
+                for r in rounds
+            ],
+        )
     yield (
         f"Best possible curve, {curve['workload']} tokens in/out",
         ["concurrency", "tokens/s/user", "tokens/s/GPU", "TPOT ms"],

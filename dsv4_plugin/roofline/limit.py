@@ -11,6 +11,7 @@ from ..report.pareto import Frontier
 from .hardware import Hardware
 from .layout import Layout, LayoutError
 from .memory import largest_batch
+from .speculation import Speculation, speculation
 from .step import Efficiency, Step, decode_step, prefill_step
 
 RANGE_RATIO = 0.8
@@ -42,6 +43,13 @@ class LimitPoint:
     decode: Step
     prompt: Step
     prompts_together: int
+    speculation: Speculation | None = None
+    """In the place of `decode`, where the draft is used."""
+
+    @property
+    def decode_seconds(self) -> float:
+        """Of one token of every user."""
+        return self.speculation.seconds if self.speculation else self.decode.seconds
 
     @property
     def prefill_seconds(self) -> float:
@@ -56,7 +64,7 @@ class LimitPoint:
         Decode stands still while a prompt runs, as it does in a server that does not mix the two,
         and the batch is otherwise always full.
         """
-        return self.concurrency * self.prefill_seconds + self.workload.osl * self.decode.seconds
+        return self.concurrency * self.prefill_seconds + self.workload.osl * self.decode_seconds
 
     @property
     def tpot(self) -> float:
@@ -81,8 +89,10 @@ def limit_point(
     workload: Workload,
     efficiency: Efficiency = Efficiency(),
     index_dtype: str = "fp8",
+    accepted_length: float | None = None,
 ) -> LimitPoint:
-    """Raises LayoutError for a layout that does not fit the model."""
+    """With `accepted_length` the model's DSpark draft is used, and gives that many tokens a
+    verification. Raises LayoutError for a layout that does not fit the model."""
     together = min(concurrency, layout.dp)
     context = round(workload.isl + workload.osl / 2)
     decode = decode_step(geometry, hardware, layout, concurrency, context, index_dtype).under(
@@ -92,7 +102,12 @@ def limit_point(
     # launch.
     prompt = prefill_step(geometry, hardware, layout, together, round(workload.isl), index_dtype)
     prompt = prompt.under(replace(efficiency, launch=None))
-    return LimitPoint(concurrency, layout, workload, decode, prompt, together)
+    drafted = None
+    if accepted_length is not None:
+        drafted = speculation(
+            geometry, hardware, layout, concurrency, context, accepted_length, index_dtype
+        ).under(efficiency)
+    return LimitPoint(concurrency, layout, workload, decode, prompt, together, drafted)
 
 
 def limit_points(
@@ -103,15 +118,30 @@ def limit_points(
     concurrencies: Sequence[int] = CONCURRENCIES,
     efficiency: Efficiency = Efficiency(),
     index_dtype: str = "fp8",
+    accepted_length: float | None = None,
 ) -> list[LimitPoint]:
     """Points of every layout at every concurrency whose caches fit beside the weights."""
     points = []
     for layout in layouts:
         room = largest_batch(
-            geometry, hardware, layout, round(workload.isl + workload.osl), index_dtype
+            geometry,
+            hardware,
+            layout,
+            round(workload.isl + workload.osl),
+            index_dtype,
+            draft=accepted_length is not None,
         )
         points += [
-            limit_point(geometry, hardware, layout, concurrency, workload, efficiency, index_dtype)
+            limit_point(
+                geometry,
+                hardware,
+                layout,
+                concurrency,
+                workload,
+                efficiency,
+                index_dtype,
+                accepted_length,
+            )
             for concurrency in concurrencies
             if concurrency <= room
         ]

@@ -30,15 +30,20 @@ def cached_bytes(geometry: Geometry, context: int, index_dtype: str = "fp8") -> 
     return window + entries + state
 
 
-def resident(geometry: Geometry, layout: Layout) -> float:
-    """Bytes of backbone weights that one GPU holds."""
-    return resident_bytes(geometry, layout.shares, mtp=False)
+def resident(geometry: Geometry, layout: Layout, draft: bool = False) -> float:
+    """Bytes of backbone weights that one GPU holds, with `draft` of its draft too."""
+    return resident_bytes(geometry, layout.shares, mtp=draft)
 
 
 def largest_batch(
-    geometry: Geometry, hardware: Hardware, layout: Layout, context: int, index_dtype: str = "fp8"
+    geometry: Geometry,
+    hardware: Hardware,
+    layout: Layout,
+    context: int,
+    index_dtype: str = "fp8",
+    draft: bool = False,
 ) -> int:
     """Requests of `context` tokens that fit beside the weights when 90 % of the memory is used; 0
     when the weights do not."""
-    free = 0.9 * hardware.memory - resident(geometry, layout)
+    free = 0.9 * hardware.memory - resident(geometry, layout, draft)
     return max(int(free // cached_bytes(geometry, context, index_dtype)), 0) * layout.dp

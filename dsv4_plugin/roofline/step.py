@@ -122,22 +122,53 @@ def decode_step(
     batch: int,
     context: int,
     index_dtype: str = "fp8",
+    rows: int = 1,
 ) -> Step:
-    """One new token for each of `batch` requests that hold `context` tokens. Raises LayoutError for
-    a layout that does not fit."""
+    """`rows` new tokens, more than one to verify drafts, for each of `batch` requests that hold
+    `context` tokens. Raises LayoutError for a layout that does not fit.
+
+    Rows of one request see nearly the same, so what they read of the caches is charged once.
+    """
     visible = {4: min(geometry.index_topk, context // 4), 128: context // 128, 0: 0}
     return _step(
         geometry,
         hardware,
         layout,
-        batch,
+        batch * rows,
         context,
         False,
         visible,
         context / 4,
-        batch,
+        batch * rows,
         batch,
         index_dtype,
+    )
+
+
+def step_of(
+    geometry: Geometry,
+    hardware: Hardware,
+    layout: Layout,
+    tokens: int,
+    context: int,
+    sampled: int,
+    requests: int,
+) -> Step:
+    """A step of layers of ratio 0 alone: `tokens` of `requests` requests see `context` latents
+    each, `sampled` rows need logits."""
+    visible = dict.fromkeys((0, 4, 128), 0)
+    return _step(
+        geometry,
+        hardware,
+        layout,
+        tokens,
+        context,
+        False,
+        visible,
+        0,
+        sampled,
+        requests,
+        "fp8",
     )
 
 
@@ -320,12 +351,11 @@ class _Work:
         """Latents and indexer keys read. Every rank of an attention group holds all of them: one
         latent serves all heads.
 
-        In prefill neighbouring queries share what they read, so a history is charged once for the
-        whole prompt.
+        Queries of one request share what they read, so a history is charged once for all of them.
         """
         g = self.geometry
         window = min(g.sliding_window, self.context)
-        readers = self.requests_local if prefill else self.local
+        readers = self.requests_local
         entry_flops = 4 * g.num_attention_heads * g.head_dim * self.local / self.layout.attention_tp
         for name, count, read, attended in (
             ("window", self.layers, self.context if prefill else window, window),
