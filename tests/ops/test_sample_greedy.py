@@ -22,3 +22,9 @@ def test_one_largest():
 
 def test_no_rows():
     assert sample_greedy.reference(torch.empty(0, 64)).shape == (0,)
+
+
+def test_nan_is_never_chosen():
+    nan, inf = float("nan"), float("inf")
+    logits = torch.tensor([[1.0, nan, 2.0], [nan, -inf, -1.0], [nan, nan, nan], [-inf, -inf, nan]])
+    assert sample_greedy.reference(logits).tolist() == [2, 2, 0, 0]

@@ -169,6 +169,8 @@ WRONG = [
             ({"x": torch.zeros(2, 200, dtype=torch.bfloat16)}, "200 is not a multiple of 128"),
         )
     ),
+    ("sample_greedy", "triton", {"logits": torch.float64}, "torch.float64, neither float32 nor"),
+    ("sample_greedy", "triton", {"logits": rows(8).T}, "of a row do not lie side by side"),
     ("sparse_mla", "triton", {"window_cache": DENSE}, "the window cache is a DenseLatentCache"),
     (
         "sparse_mla",

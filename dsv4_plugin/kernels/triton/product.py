@@ -367,13 +367,14 @@ def _arrived(where: torch.device) -> Tensor:
     One set a stream, whose launches follow one another, and one for graphs, of which one is
     replayed at a time. A graph captured before any eager call clears a set of its own.
     """
+    capturing = where.type == "cuda" and torch.cuda.is_current_stream_capturing()
     stream = None
-    if where.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+    if where.type == "cuda" and not capturing:
         stream = torch.cuda.current_stream(where).cuda_stream
     for key in ((where, None), (where, stream)):
         if key not in _ARRIVED:
             zeros = torch.zeros(_LEAST_PROGRAMS, dtype=torch.int32, device=where)
-            if where.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            if capturing:
                 return zeros
             _ARRIVED[key] = zeros
     return _ARRIVED[where, stream]
