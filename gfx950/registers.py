@@ -132,7 +132,7 @@ def registers(i: Instruction, accumulators_at: int) -> tuple[set[int], set[int]]
         written.update(_span(i, "vdata", max(1, i.operands["vdata"] // 2), 0))
     if i.form.startswith("VOPC") and i.get("sd"):
         written.update(_span(i, "sdst", 2, 0))
-    if i.name.startswith(("s_addk", "s_mulk")):
+    if i.name.startswith(("s_addk", "s_mulk", "s_bitset")):
         read.update(_span(i, "sdst", 1, 0))
     if "swap_b32" in i.name:
         written.update(_span(i, "src0", 1, 0))

@@ -178,6 +178,18 @@ def _bit_compare(i: Instruction) -> Run:
     return run
 
 
+def _set_bit(i: Instruction) -> Run:
+    """s_bitset: the bit of the target that the source numbers becomes 0 or 1; others stay."""
+    at, target = scalar(i.get("ssrc0"), i.literal, "u"), i.get("sdst")
+    old, one = scalar(target, None, "u"), i.name[8] == "1"
+
+    def run(w: Waves) -> None:
+        bit = U32(1) << (at(w) & 31)
+        w.set_scalar(target, old(w) | bit if one else old(w) & ~bit)
+
+    return run
+
+
 def _select(i: Instruction) -> Run:
     kind, target = "U" if i.name.endswith("64") else "u", i.get("sdst")
     a, b = (scalar(i.get(f), i.literal, kind) for f in ("ssrc0", "ssrc1"))
@@ -274,6 +286,7 @@ _SPECIAL: list[tuple[str, Callable[[Instruction], Run]]] = [
     (r"s_(addc|subb)_u32", _carried),
     (r"s_cmpk?_(eq|lg|gt|ge|lt|le)_(i32|u32|u64)", _compare),
     (r"s_bitcmp[01]_b32", _bit_compare),
+    (r"s_bitset[01]_b32", _set_bit),
     (r"s_cselect_b(32|64)", _select),
     (r"s_(and|or|xor|andn2|orn2)_saveexec_b64", _save_exec),
     (r"s_(mov|add|mul)k_i32", _immediate),
