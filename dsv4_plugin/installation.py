@@ -1,17 +1,12 @@
-"""Directories that belong to the package and lie beside it: recipes, patches, checkpoints."""
+"""Directories of files that belong to the package: recipes, patches, checkpoints."""
 
 from __future__ import annotations
 
-import sysconfig
+from importlib import resources
 from pathlib import Path
 
 
 def directory(name: str) -> Path:
-    """Where the directory `name` is: beside the package in a checkout, under share/dsv4_plugin in
-    an installation."""
-    checkout = Path(__file__).parents[1] / name
-    return (
-        checkout
-        if checkout.is_dir()
-        else Path(sysconfig.get_path("data"), "share", "dsv4_plugin", name)
-    )
+    """Where the files of `name` are: in this package, however it was installed. In a checkout
+    `data/` holds links to the repository's own directories."""
+    return Path(str(resources.files(__package__) / "data" / name))

@@ -65,8 +65,8 @@ def probe_if_asked(model: DeepseekV4) -> None:
     if found.choices.differing:
         logger.warning(
             "dsv4_plugin: left to themselves ranks would choose differently (%s); rank 0 decides"
-            " for all. Their arithmetic is not the same bits: look for a library that tunes itself on"
-            " each rank",
+            " for all. Their arithmetic is not the same bits: look for a library that tunes itself"
+            " on each rank",
             found.choices,
         )
     elif found.choices.compared:
