@@ -1,5 +1,4 @@
-"""What each operator of the attention path must move and multiply, and what our kernels issue by
-construction.
+"""What each operator must move and multiply, and what our kernels issue by construction.
 
 A floor counts each input byte once and each output byte once, whatever shares it, and the
 multiply-adds of matrix products as two operations each. Index lists of a few bytes a slot are not
@@ -119,6 +118,38 @@ def build_step_plan(tokens: int, pages: int, windows: dict[int, int]) -> Floor:
     return Floor(rows + pages * (4 + _INT64) + numbers * _INT64)
 
 
+def route(tokens: int, experts: int, hidden: int, topk: int) -> Floor:
+    """The gate once, rows read, a weight and a number written for each choice."""
+    return Floor(
+        experts * hidden * _BF16 + tokens * (hidden * _BF16 + topk * (_FP32 + _INT64)),
+        2 * tokens * experts * hidden,
+    )
+
+
+def moe(tokens: int, pairs: int, touched: int, hidden: int, inner: int) -> Floor:
+    """The three FP4 matrices of each of the `touched` experts once, a scale a 32 inputs; rows read
+    in bf16 and sums written in fp32; `pairs` of a row and an expert held here are multiplied."""
+    return Floor(
+        touched * 3 * fp4_bytes(hidden * inner) + tokens * hidden * (_BF16 + _FP32),
+        pairs * 3 * 2 * hidden * inner,
+        "fp8",
+    )
+
+
+def shared_expert(tokens: int, hidden: int, inner: int) -> Floor:
+    """The three FP8 matrices once, rows read in bf16 and sums written in fp32."""
+    return Floor(
+        3 * hidden * inner + tokens * hidden * (_BF16 + _FP32),
+        tokens * 3 * 2 * hidden * inner,
+        "fp8",
+    )
+
+
+def fp4_bytes(values: int) -> int:
+    """Of `values` in FP4 with a scale of a byte for 32 of them."""
+    return values * 17 // 32
+
+
 def window_items(ratio: int) -> int:
     """Items of a compression window: ratio 4 overlaps the window before it."""
     return 8 if ratio == 4 else ratio
@@ -170,3 +201,33 @@ def compress_issued(windows: int, kept: int, tokens: int, ratio: int, dim: int, 
     handed = 2 * dim * _FP32 + _INT64 if programs > 1 else 0
     finished = dim * _BF16 + _ROTATION + _INT64 + entry
     return windows * (pooled + handed + finished) + tokens * _INT64 + kept * 2 * columns * _FP32
+
+
+def moe_issued(
+    counts: list[int],
+    tokens: int,
+    hidden: int,
+    inner: int,
+    rows: int,
+    gate_up_columns: int,
+    down_columns: int,
+) -> int:
+    """Bytes of a call whose experts have `counts` pairs each, in blocks of `rows`.
+
+    Every expert's program reads all choices. Every block reads its expert's matrices, and for each
+    program along their columns its real rows: inputs in FP8 with a scale byte for 32, hidden values
+    in bf16 where a program has less than 128 of them, else in FP8.
+    """
+    pairs, blocks = sum(counts), sum(-(-count // rows) for count in counts)
+    whole = gate_up_columns % 128 == 0
+    grouped = (len(counts) + 1) * pairs * _INT64 * 2 + blocks * (rows + 1) * 4
+    rounded = tokens * (hidden * _BF16 + hidden + hidden // 128)
+    hidden_row = inner + inner // 32 if whole else inner * _BF16
+    first = blocks * 2 * fp4_bytes(hidden * inner) + pairs * (
+        -(-inner // gate_up_columns) * (hidden + hidden // 32) + hidden_row
+    )
+    second = blocks * fp4_bytes(hidden * inner) + pairs * (
+        -(-hidden // down_columns) * hidden_row + hidden * _BF16
+    )
+    summed = pairs * (hidden * _BF16 + _INT64) + tokens * hidden * _FP32
+    return grouped + rounded + first + second + summed

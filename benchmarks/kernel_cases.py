@@ -1,5 +1,5 @@
 """The calls that benchmarks/kernels.py checks and times: released shapes of every operator on the
-attention path.
+attention path; those of routing and experts are in expert_cases.py.
 
 A case is a label, the memory it needs, and a function that makes its tensors. Caches are full of
 random latents and keys on shuffled pages; a decode step has one row a request, all of one length; a
@@ -576,6 +576,8 @@ def _index_query(model: Model, step: Step, topk: int) -> Case:
     )
 
 
+import expert_cases  # noqa: E402 - it takes its types from here
+
 _BY_CONTEXT = {"sparse_mla", "indexer_logits", "topk_select", "build_step_plan"}
 _MAKERS: dict[str, Callable[[Model, Step, int], Iterator[Case]]] = {
     "sparse_mla": lambda *a: (
@@ -591,6 +593,7 @@ _MAKERS: dict[str, Callable[[Model, Step, int], Iterator[Case]]] = {
     "qk_norm_rope_store": lambda *a: iter((_store(*a),)),
     "rope_hadamard_quant": lambda *a: iter((_index_query(*a),)),
     "build_step_plan": lambda *a: iter((_step_plan(*a),)),
+    **expert_cases.MAKERS,
 }
 NAMES = tuple(_MAKERS)
 """Operators that have cases."""

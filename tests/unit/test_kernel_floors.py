@@ -76,6 +76,50 @@ def test_step_plan():
     assert got == 128 * 20 + 7 * 8 + 2 * 12 + (3 + 16) * 8 + (3 + 256) * 8
 
 
+def test_experts():
+    # 3 rows, 10 pairs on 4 experts of 256 by 128: 4.25 bits a weight.
+    floor = floors.moe(tokens=3, pairs=10, touched=4, hidden=256, inner=128)
+    assert floor.bytes == 4 * 3 * (256 * 128 * 17 // 32) + 3 * 256 * (2 + 4)
+    assert floor.operations == 10 * 3 * 2 * 256 * 128 and floor.products == "fp8"
+    floor = floors.shared_expert(3, 256, 128)
+    assert floor.bytes == 3 * 256 * 128 + 3 * 256 * 6 and floor.operations == 3 * 6 * 256 * 128
+    floor = floors.route(tokens=3, experts=32, hidden=256, topk=6)
+    assert floor.bytes == 2 * 32 * 256 + 3 * (2 * 256 + 6 * 12)
+    assert floor.operations == 2 * 3 * 32 * 256 and floor.products == "bf16"
+
+
+def test_issued_by_experts():
+    # Two experts with 3 and 17 pairs, 16 rows a block: three blocks. 64 columns of 128 in stage 1.
+    got = floors.moe_issued([3, 17], 10, 256, 128, rows=16, gate_up_columns=64, down_columns=128)
+    matrix = 256 * 128 * 17 // 32
+    assert got == (
+        3 * 20 * 16 + 3 * 17 * 4
+        + 10 * (512 + 256 + 2)
+        + 3 * 2 * matrix + 20 * (2 * (256 + 8) + 256)
+        + 3 * matrix + 20 * (2 * 256 + 512)
+        + 20 * (512 + 8) + 10 * 1024
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 32, 64])
+def test_experts_of_a_decode_step_stay_below_their_target(tokens):
+    """1.1 times the floor up to 64 tokens, uniform routing over Pro's 384 experts of 384 columns:
+    the weights are read once."""
+    import torch
+
+    from dsv4_plugin.kernels.triton.experts import TILES
+
+    chosen = torch.rand(tokens, 384).argsort(-1)[:, :6]
+    counts = chosen.flatten().bincount(minlength=384).tolist()
+    mean = tokens * 6 / 384
+    tiles = next(t for arch, kind, most, t in TILES if arch == "gfx950" and mean <= most)
+    issued = floors.moe_issued(
+        counts, tokens, 7168, 384, tiles.rows, tiles.gate_up.columns, tiles.down.columns
+    )
+    touched = sum(count > 0 for count in counts)
+    assert issued < 1.1 * floors.moe(tokens, tokens * 6, touched, 7168, 384).bytes
+
+
 def test_what_bounds():
     floor = floors.Floor(bytes=1000, operations=4000)
     assert floor.seconds(copy=10.0, peak=100.0) == 100.0 and floor.bound(10.0, 100.0) == "memory"
