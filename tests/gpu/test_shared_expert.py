@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_moe import LIMIT, matrix
+from expert_weights import LIMIT, any_matrix
 
 from dsv4_plugin.ops import shared_expert
 from dsv4_plugin.runtime.compare import error, tolerance
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 def make_inputs(tokens: int, hidden: int, inner: int, form: str = "fp8") -> tuple:
     shapes = (inner, hidden), (hidden, inner), (inner, hidden)
-    parts = [part for shape in shapes for part in matrix(1, *shape, form)]
+    parts = [part for shape in shapes for part in any_matrix(1, *shape, form, DEVICE)]
     x = torch.randn(tokens, hidden, device=DEVICE).bfloat16()
     return x, *(None if part is None else part[0] for part in parts), LIMIT
 

@@ -42,6 +42,29 @@ def matrices(experts: int, inner: int, hidden: int, form: str) -> list[Tensor | 
     return [part for shape in shapes for part in stack(experts, *shape, form)]
 
 
+def any_matrix(
+    experts: int, outputs: int, inputs: int, form: str, device: str
+) -> list[Tensor | None]:
+    """Random codes, made on the device, that mean weights near 1/sqrt(inputs), and their scales."""
+    middle = 127 - (inputs.bit_length() - 1) // 2
+    if form == "bf16":
+        return [
+            torch.randn(experts, outputs, inputs, device=device).bfloat16() * inputs**-0.5,
+            None,
+        ]
+    if form == "fp4":
+        shape = (experts, outputs, inputs // 2)
+        codes = torch.randint(-128, 128, shape, dtype=torch.int8, device=device)
+        shape, below = (experts, outputs, inputs // 32), 2
+    else:
+        codes = torch.randn(experts, outputs, inputs, device=device).mul_(32)
+        codes = codes.to(torch.float8_e4m3fn)
+        shape, below = (experts, -(-outputs // 128), -(-inputs // 128)), 5
+    scale = torch.randint(middle - below - 1, middle - below + 2, shape, device=device)
+    scale = scale.to(torch.uint8).view(torch.float8_e8m0fnu)
+    return [codes, ue8m0_to_float(scale) * 1.3 if "fp32" in form else scale]
+
+
 def one(parts: list[Tensor | None], expert: int) -> list[Tensor | None]:
     """The matrices of one expert."""
     return [None if part is None else part[expert] for part in parts]
