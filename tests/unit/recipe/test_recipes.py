@@ -60,6 +60,8 @@ def test_what_ships():
         "mi355x-pro-tp4",
         "mi355x-flash-tp4",
         "mi355x-flash-tp8",
+        "mi355x-flash-0731-tp8",
+        "mi355x-pro-0813-tp8",
         "mi300x-flash-fp8-tp8",
         "mi325x-pro-fp8-tp8",
         "h200-pro-tp8",
