@@ -22,20 +22,35 @@ FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 def ue8m0_to_float(scale: Tensor) -> Tensor:
     """2^(b-127) of ue8m0 bytes (uint8 or float8_e8m0fnu), as fp32. Byte 0 is 2^-127, a denormal."""
-    exponent = scale.view(torch.uint8).to(torch.int32) - 127
-    return torch.ldexp(torch.ones(exponent.shape, device=scale.device), exponent)
+    return scale.view(torch.float8_e8m0fnu).float()
 
 
 def ue8m0_bytes(scale: Tensor) -> Tensor:
     """The ue8m0 byte (uint8) of each fp32 power of two in [2^-126, 2^127]: its biased exponent."""
-    return ((scale.contiguous().view(torch.int32) >> 23) & 0xFF).to(torch.uint8)
+    return (scale.contiguous().view(torch.int32) >> 23).to(torch.uint8)
 
 
 def _power_of_two_at_least(x: Tensor) -> Tensor:
     """2^ceil(log2 x) for positive normal fp32 x, exactly."""
     bits = x.contiguous().view(torch.int32)
-    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(torch.int32)
-    return (exponent << 23).view(torch.float32)
+    # any mantissa but 0 carries into the exponent
+    return ((bits + 0x7FFFFF) & -0x800000).view(torch.float32)
+
+
+@functools.cache
+@torch.inference_mode(False)  # tables are kept, also for those who will take gradients
+def _e4m3_values() -> Tensor:
+    """The value of each of the 256 e4m3 codes."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+def e4m3_to_float(values: Tensor) -> Tensor:
+    """fp32 of float8_e4m3fn `values`, exactly."""
+    if values.device.type != "cpu":
+        return values.float()
+    # torch converts them one by one on a CPU: a look-up is 7 times as fast
+    codes = values.view(torch.uint8).to(torch.int32)
+    return _e4m3_values().index_select(0, codes.flatten()).view(codes.shape)
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:
@@ -57,8 +72,9 @@ def quantize_fp8(
 
 
 def dequantize_fp8(values: Tensor, scale: Tensor) -> Tensor:
-    """fp32 of FP8 `values` [..., n] with one scale per n / scale.shape[-1] elements."""
-    return (values.float().unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
+    """fp32 of e4m3 or fp32 `values` [..., n] with one scale per n / scale.shape[-1] elements."""
+    values = e4m3_to_float(values) if values.dtype == torch.float8_e4m3fn else values
+    return (values.unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
 
 
 def round_to_fp8(x: Tensor, block: int) -> Tensor:
@@ -99,11 +115,19 @@ def pack_fp4(values: Tensor) -> Tensor:
     return (code[..., 0::2] | (code[..., 1::2] << 4)).to(torch.uint8).view(torch.int8)
 
 
+@functools.cache
+@torch.inference_mode(False)
+def _fp4_pairs(device: torch.device) -> Tensor:
+    """The two values of each byte, the low nibble's first: fp32 [256, 2]."""
+    values = torch.tensor(FP4_VALUES + tuple(-v for v in FP4_VALUES), device=device)
+    return torch.stack((values.repeat(16), values.repeat_interleave(16)), -1)
+
+
 def unpack_fp4(packed: Tensor) -> Tensor:
     """fp32 [..., 2n] of packed e2m1 `packed` (int8 or uint8) [..., n]."""
-    table = torch.tensor(FP4_VALUES + tuple(-v for v in FP4_VALUES), device=packed.device)
     codes = packed.view(torch.uint8).to(torch.int32)
-    return table[torch.stack((codes & 15, codes >> 4), -1).flatten(-2)]
+    pairs = _fp4_pairs(packed.device).index_select(0, codes.flatten())
+    return pairs.view(*codes.shape[:-1], -1)
 
 
 def dequantize_weight(
@@ -125,7 +149,7 @@ def dequantize_weight(
     factor = factor.repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[
         ..., :columns
     ]
-    return (weight.float() * factor).to(dtype)
+    return (e4m3_to_float(weight) * factor).to(dtype)
 
 
 def dense_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -159,7 +183,7 @@ def quantize_weight_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-@torch.inference_mode(False)  # it is kept, also for those who will take gradients
+@torch.inference_mode(False)
 def _hadamard_matrix(size: int, device: torch.device) -> Tensor:
     matrix = torch.ones(1, 1, device=device)
     while matrix.shape[0] < size:

@@ -8,6 +8,7 @@ page holds 64 keys of 128 e4m3, then 64 fp32 scales.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 PAGE_TOKENS = 256
@@ -65,6 +66,35 @@ def index_views(pages: Tensor, entries: int = INDEX_PAGE_ENTRIES) -> tuple[Tenso
         (count, entries, 4), (page_bytes, 4, 1), pages.storage_offset() + entries * INDEX_DIM
     )
     return keys, scales
+
+
+def latent_rows(pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous uint8 `pages` [n, page_bytes] as rows that latent_row_numbers counts: data int64
+    [.., 72], words that are copied at once, and scales uint8 [.., 7]."""
+    scales = pages.view(-1, LATENT_SCALE_BYTES)[:, : LATENT_SCALE_BYTES - 1]
+    return pages.view(torch.int64).view(-1, LATENT_DATA_BYTES // 8), scales
+
+
+def latent_row_numbers(slots: Tensor, slots_per_page: int) -> tuple[Tensor, Tensor]:
+    """(data row, scale row) of each of the int64 `slots` in latent_rows."""
+    size, page = latent_page_bytes(slots_per_page), slots // slots_per_page
+    data = torch.add(slots, page, alpha=size // LATENT_DATA_BYTES - slots_per_page)
+    scale = torch.add(slots, page, alpha=size // LATENT_SCALE_BYTES - slots_per_page)
+    return data, scale + slots_per_page * LATENT_DATA_BYTES // LATENT_SCALE_BYTES
+
+
+def index_rows(pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous uint8 `pages` [n, 8448] as rows that index_row_numbers counts: keys uint8 [.., 128]
+    and scales fp32 [.., 1]."""
+    return pages.view(-1, INDEX_DIM), pages.view(torch.float32).view(-1, 1)
+
+
+def index_row_numbers(slots: Tensor) -> tuple[Tensor, Tensor]:
+    """(key row, scale row) of each of the int64 `slots` in index_rows."""
+    size, page = index_page_bytes(), slots // INDEX_PAGE_ENTRIES
+    key = torch.add(slots, page, alpha=size // INDEX_DIM - INDEX_PAGE_ENTRIES)
+    scale = torch.add(slots, page, alpha=size // 4 - INDEX_PAGE_ENTRIES)
+    return key, scale + INDEX_PAGE_ENTRIES * INDEX_DIM // 4
 
 
 def entry_slots(page_table: Tensor, entries: Tensor, ratio: int) -> Tensor:

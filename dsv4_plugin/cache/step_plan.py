@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from types import MappingProxyType
 
 import torch
@@ -77,6 +77,11 @@ class StepPlan:
     undefined."""
     compression: dict[int, Compression]
     """By compress ratio."""
+    dense_slots: Tensor | None = None
+    """int64 [T, max_seq_len // 128]: slots of all ratio-128 entries the row sees, -1 past them;
+    None where no ratio 128 is planned."""
+    static: bool = False
+    """Whether no shape depends on the values of the inputs, so that a graph may hold the step."""
 
     @property
     def phase(self) -> str:
@@ -108,18 +113,26 @@ class StepPlan:
         entries = torch.arange(self.max_seq_len // ratio, device=self.position.device)
         return entry_slots(self.page_table, entries.expand(self.page_table.shape[0], -1), ratio)
 
-    @cached_property
-    def dense_slots(self) -> Tensor:
-        """int64 [T, max_seq_len // 128]: slots of all ratio-128 entries the row sees, -1 past
-        them."""
-        slots = self.request_slots(128)[self.request]
-        seen = torch.arange(slots.shape[1], device=slots.device) < self.visible(128).unsqueeze(-1)
-        return slots.masked_fill(~seen, -1)
+    def tensors(self) -> Iterator[Tensor]:
+        """All of its tensors, in one order."""
+        yield from (self.position, self.request, self.query, self.window_write, self.window)
+        yield self.page_table
+        for rows in self.compression.values():
+            yield from (rows.token, rows.position, rows.slots, rows.step_row, rows.ring_row)
+            yield rows.ring_write_row
+        if self.dense_slots is not None:
+            yield self.dense_slots
 
 
 def phase(max_queries: int) -> str:
     """ "decode" for a step in which no request has more than one row, else "prefill"."""
     return "decode" if max_queries <= 1 else "prefill"
+
+
+def context_bucket(seq_len: int, context_len: int) -> int:
+    """The `max_seq_len` that a static step plans for when its longest sequence has `seq_len`
+    tokens: a power of two, so that few shapes occur, and at most `context_len`."""
+    return min(max(1024, 1 << (seq_len - 1).bit_length()), context_len)
 
 
 def static_windows(tokens: int, requests: int, ratio: int) -> int:

@@ -23,12 +23,13 @@ from ..formats import (
 )
 from .layout import (
     INDEX_DIM,
-    INDEX_PAGE_ENTRIES,
     LATENT_DIM,
     NOPE_DIM,
     SCALE_BLOCK,
-    index_views,
-    latent_views,
+    index_row_numbers,
+    index_rows,
+    latent_row_numbers,
+    latent_rows,
 )
 
 
@@ -49,25 +50,22 @@ class PackedLatentCache:
     def __init__(self, pages: Tensor, slots_per_page: int):
         self.pages = pages
         self.slots_per_page = slots_per_page
-        self._nope, self._rope, self._scale = latent_views(pages, slots_per_page)
-
-    def _at(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        slots = slots.clamp_min(0)
-        return slots // self.slots_per_page, slots % self.slots_per_page
+        self._data, self._scales = latent_rows(pages)
 
     def store(self, slots: Tensor, values: Tensor) -> None:
-        at = self._at(slots)
+        row, scale_row = latent_row_numbers(slots.clamp_min(0), self.slots_per_page)
         nope, scale = quantize_fp8(values[..., :NOPE_DIM], SCALE_BLOCK)
-        self._nope[at] = nope.view(torch.uint8)
-        self._rope[at] = values[..., NOPE_DIM:].to(torch.bfloat16).contiguous().view(torch.uint8)
-        self._scale[at] = ue8m0_bytes(scale)
+        rope = values[..., NOPE_DIM:].to(torch.bfloat16).contiguous()
+        data = torch.cat((nope.view(torch.uint8), rope.view(torch.uint8)), -1)
+        self._data[row] = data.view(torch.int64)
+        self._scales[scale_row] = ue8m0_bytes(scale)
 
     def load(self, slots: Tensor) -> Tensor:
-        at = self._at(slots)
-        nope = dequantize_fp8(
-            self._nope[at].view(torch.float8_e4m3fn), ue8m0_to_float(self._scale[at])
-        )
-        return torch.cat((nope, self._rope[at].view(torch.bfloat16).float()), -1)
+        row, scale_row = latent_row_numbers(slots.clamp_min(0), self.slots_per_page)
+        data = self._data.index_select(0, row).view(torch.uint8)
+        scale = ue8m0_to_float(self._scales.index_select(0, scale_row))
+        nope = dequantize_fp8(data[:, :NOPE_DIM].view(torch.float8_e4m3fn), scale)
+        return torch.cat((nope, data[:, NOPE_DIM:].view(torch.bfloat16)), -1)
 
 
 class PackedIndexCache:
@@ -75,23 +73,18 @@ class PackedIndexCache:
 
     def __init__(self, pages: Tensor):
         self.pages = pages
-        self._keys, self._scale = index_views(pages)
-
-    def _at(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        slots = slots.clamp_min(0)
-        return slots // INDEX_PAGE_ENTRIES, slots % INDEX_PAGE_ENTRIES
+        self._keys, self._scales = index_rows(pages)
 
     def store(self, slots: Tensor, values: Tensor) -> None:
-        at = self._at(slots)
+        row, scale_row = index_row_numbers(slots.clamp_min(0))
         keys, scale = quantize_fp8(values, INDEX_DIM)
-        self._keys[at] = keys.view(torch.uint8)
-        self._scale[at] = scale.flatten().view(torch.uint8).view(slots.shape[0], 4)
+        self._keys[row] = keys.view(torch.uint8)
+        self._scales[scale_row] = scale
 
     def load(self, slots: Tensor) -> Tensor:
-        at = self._at(slots)
-        return dequantize_fp8(
-            self._keys[at].view(torch.float8_e4m3fn), self._scale[at].view(torch.float32)
-        )
+        row, scale_row = index_row_numbers(slots.clamp_min(0))
+        keys, scale = self._keys.index_select(0, row), self._scales.index_select(0, scale_row)
+        return dequantize_fp8(keys.view(torch.float8_e4m3fn), scale)
 
 
 class DenseLatentCache:
@@ -111,7 +104,7 @@ class DenseLatentCache:
         self.values[slots.clamp_min(0)] = values
 
     def load(self, slots: Tensor) -> Tensor:
-        return self.values[slots.clamp_min(0)]
+        return self.values.index_select(0, slots.clamp_min(0))
 
 
 class DenseIndexCache:
@@ -127,7 +120,7 @@ class DenseIndexCache:
         self.values[slots.clamp_min(0)] = round_to_fp4(values) if self.rounded else values
 
     def load(self, slots: Tensor) -> Tensor:
-        return self.values[slots.clamp_min(0)]
+        return self.values.index_select(0, slots.clamp_min(0))
 
 
 @dataclass

@@ -9,15 +9,17 @@ rows and reassigns pages.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 
 import torch
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
 from .. import flags
+from ..cache.step_plan import context_bucket
 from ..config import Precision
 from ..ops import build_step_plan
-from ..ops.operator import enter_step
+from ..ops.operator import Calls, enter_step
 from ..ops.step_plan import StepPlan
 from .ledger import verify
 from .pool import pool_caches, ring_rows
@@ -29,20 +31,35 @@ _PADDED_LENGTH = 1
 belong to nobody."""
 
 
+@dataclass
+class Captured:
+    """One captured size: the host's batch over its static inputs, the plan that the graph reads,
+    and the operator calls that each replay repeats."""
+
+    batch: ForwardBatch
+    plan: StepPlan
+    calls: Calls = field(default_factory=Calls)
+
+
 class Backend(AttentionBackend):
     """Step plans and caches of one model runner of the host."""
 
     def __init__(self, runner):
         model = runner.model.model
+        self.recorder = runner.model.recorder
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
+        self.context_len = runner.model_config.context_len
         ratios = model.geometry.compress_ratios[: model.geometry.num_hidden_layers]
         self.caches = pool_caches(self.token_to_kv_pool, ratios, model.precision)
         self.rings = ring_rows(self.token_to_kv_pool, ratios)
         self.forward_metadata: StepPlan | None = None
+        self._captured: dict[tuple, Captured] = {}
+        self.capturing: Captured | None = None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Builds the plan of this step; the forward reads nothing else of the batch's tables."""
+        self.capturing = None
         self.forward_metadata = self._plan(forward_batch)
 
     def plan(self, forward_batch: ForwardBatch) -> StepPlan:
@@ -52,13 +69,48 @@ class Backend(AttentionBackend):
             return self._plan(forward_batch)
         return self.forward_metadata
 
+    def shared_read_ends(self, fm: ForwardMode) -> SharedReadEnds:
+        """Once the plan is built, which is before the forward or the replay: it is a snapshot. So
+        the scheduler waits for the plan alone before it writes its tables anew."""
+        if fm.is_decode() or fm.is_extend():
+            return SharedReadEnds.PRE_REPLAY
+        return super().shared_read_ends(fm)
+
     def get_cpu_graph_seq_len_fill_value(self) -> int:
         return _PADDED_LENGTH
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return _PADDED_LENGTH
 
-    def _plan(self, batch: ForwardBatch) -> StepPlan:
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Nothing to make: each captured size has a plan of its own, made when it is captured."""
+
+    def init_forward_metadata_out_graph(
+        self, forward_batch: ForwardBatch, in_capture: bool = False
+    ) -> None:
+        """Before a capture, makes the plan whose tensors the graph will read, from the runner's
+        static inputs; before a replay, puts the step's values into it."""
+        key = forward_batch.forward_mode, forward_batch.batch_size
+        if in_capture:
+            plan = self._plan(forward_batch, static=True)
+            self.capturing = self._captured[key] = Captured(forward_batch, plan)
+        else:
+            captured = self._captured[key]
+            self._plan(captured.batch, out=captured.plan)
+            captured.calls.add()
+            self.recorder.step(captured.plan.phase)
+        self.forward_metadata = self._captured[key].plan
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """Nothing is left to do: a plan inside the graph would hold the scheduler's tables until
+        the replay ends, where the platform has no event within a graph (ROCm)."""
+
+    def _plan(
+        self, batch: ForwardBatch, static: bool = False, out: StepPlan | None = None
+    ) -> StepPlan:
+        """The plan of `batch`: `static`, as a graph needs it, for the longest context there is; or
+        `out`, such a plan, refreshed."""
+        static = static or out is not None
         seq_lens = batch.seq_lens.to(torch.int64)
         requests = torch.arange(seq_lens.shape[0], device=seq_lens.device)
         if batch.forward_mode.is_extend():
@@ -69,7 +121,13 @@ class Backend(AttentionBackend):
             max_queries = max(batch.extend_seq_lens_cpu, default=0)
         else:
             prefix, request, max_queries = seq_lens - 1, requests, min(seq_lens.shape[0], 1)
-        enter_step(max_queries)
+        if static or (max_queries <= 1 and seq_lens.device.type != "cpu"):
+            longest = self.context_len  # a kernel ends by each row's length; one shape for all
+        else:
+            longest = max(batch.seq_lens_cpu.tolist(), default=0)
+            if max_queries <= 1:
+                longest = context_bucket(longest, self.context_len)
+        enter_step(max_queries, static)
         return build_step_plan(
             batch.positions.to(torch.int64),
             request,
@@ -80,8 +138,10 @@ class Backend(AttentionBackend):
             slot_row=batch.req_pool_indices.to(torch.int64),
             full_to_window=self.token_to_kv_pool.full_to_swa_index_mapping,
             max_queries=max_queries,
-            max_seq_len=max(batch.seq_lens_cpu.tolist(), default=0),
+            max_seq_len=longest,
             rings=self.rings,
+            static_rows=static,
+            out=out,
         )
 
 

@@ -171,20 +171,22 @@ def resolve(server_args: Any, hf_config: Any) -> dict[str, Any]:
         configure()
     except (LaunchError, LedgerError, SelectionError, flags.FlagError) as error:
         refuse(error)
-    return {} if cfg.device == "cpu" else _without_graphs(cfg)
+    return {} if cfg.device == "cpu" else _on_gpu(cfg)
 
 
-def _without_graphs(cfg: Any) -> dict[str, Any]:
+def _on_gpu(cfg: Any) -> dict[str, Any]:
+    """What we decide on a GPU: decode steps are captured as the host does by default, prefills are
+    not, nothing of FlashInfer is tuned, and the scheduler waits for our reads of its tables."""
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
-    logger.info(
-        "dsv4_plugin: graph capture is off; the step plan of this version is built outside graphs"
-        " only"
-    )
-    config = cfg.cuda_graph_config
-    for phase in (Phase.DECODE, Phase.PREFILL):
-        config = with_phase(config, phase, backend=Backend.DISABLED)
-    return {"cuda_graph_config": config}
+    # The fence is on by default on CUDA alone; without it ROCm has read tables of the next step.
+    os.environ.setdefault("SGLANG_ENABLE_WAR_BARRIER", "1")
+    return {
+        "cuda_graph_config": with_phase(
+            cfg.cuda_graph_config, Phase.PREFILL, backend=Backend.DISABLED
+        ),
+        "disable_flashinfer_autotune": True,
+    }
 
 
 def start_server(arguments: list[str]) -> None:

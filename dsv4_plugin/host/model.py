@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import huggingface_hub
+import contextlib
+
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -124,10 +126,12 @@ class DeepseekV4ForCausalLM(nn.Module):
     ) -> LogitsProcessorOutput:
         """Logits of the rows the batch asks for. `positions` are in the step plan already."""
         backend = get_attn_backend()
-        plan = backend.plan(forward_batch)
-        streams = self.model(input_ids, plan, backend.caches).flatten(1)
-        output = self.logits_processor(
-            input_ids, streams, self.head, forward_batch, hidden_states_before_norm=streams
-        )
-        self.recorder.step(plan.phase)
+        plan, captured = backend.plan(forward_batch), backend.capturing
+        with contextlib.nullcontext() if captured is None else captured.calls.counted():
+            streams = self.model(input_ids, plan, backend.caches).flatten(1)
+            output = self.logits_processor(
+                input_ids, streams, self.head, forward_batch, hidden_states_before_norm=streams
+            )
+        if captured is None:  # a replay is counted where its plan is refreshed
+            self.recorder.step(plan.phase)
         return output

@@ -167,7 +167,7 @@ class DeepseekV4(nn.Module, HeadCollapse):
             )
 
     def _step(self, token_ids: Tensor, plan: StepPlan, caches: Caches) -> Step:
-        enter_step(plan.max_queries)
+        enter_step(plan.max_queries, plan.static)
         ratios = sorted(set(self.geometry.compress_ratios) & {0, *plan.compression})
         frequencies = {ratio: getattr(self, f"frequencies_{ratio}") for ratio in ratios}
         # What pads a batch writes to slot 0, which belongs to nobody.
@@ -178,10 +178,10 @@ class DeepseekV4(nn.Module, HeadCollapse):
         """Embeddings [T, d] of `token_ids` int64 [T]."""
         group = self.parallel.vocab
         if group.size == 1:
-            return F.embedding(token_ids, self.embed.weight)
+            return F.embedding(token_ids, self.embed.weight).to(self.dtype)
         local = token_ids - group.rank * self.embed.weight.shape[0]
         mine = (local >= 0) & (local < self.embed.weight.shape[0])
-        rows = F.embedding(local.masked_fill(~mine, 0), self.embed.weight)
+        rows = F.embedding(local.masked_fill(~mine, 0), self.embed.weight).to(self.dtype)
         return group.all_reduce(rows.masked_fill(~mine.unsqueeze(-1), 0))
 
     def forward(

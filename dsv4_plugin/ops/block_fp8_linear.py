@@ -26,15 +26,20 @@ def block_fp8_linear(
     """x Wᵀ [T, out] in the dtype of `x` [T, in]; with `parts`, which sum to out, as one
     contiguous tensor for each.
 
-    `weight` is dense [out, in] in the dtype of `x` when `scale` is None, else float8_e4m3fn with
-    128×128 block scales. With `x_scale` fp32 [T, in/128] `x` is e4m3 and the result bf16. Without
-    it an implementation may also quantise `x` to FP8 per token in blocks of 128, as the released
-    recipe does.
+    `weight` is dense [out, in], in the dtype of `x` or in fp32, when `scale` is None, else
+    float8_e4m3fn with 128×128 block scales. With `x_scale` fp32 [T, in/128] `x` is e4m3 and the
+    result bf16. Without it an implementation may also quantise `x` to FP8 per token in blocks of
+    128, as the released recipe does.
     """
     if x_scale is not None:
         full = dequantize_fp8(x, x_scale)
         return _cut(F.linear(full, dense_weight(weight, scale, full.dtype)).bfloat16(), parts)
-    return _cut(F.linear(x, dense_weight(weight, scale, x.dtype)), parts)
+    return _cut(linear(x, dense_weight(weight, scale, x.dtype)), parts)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ in the dtype of `x`, for a dense `weight` in that dtype or a wider one."""
+    return F.linear(x.to(weight.dtype), weight).to(x.dtype)
 
 
 @operator

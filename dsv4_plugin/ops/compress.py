@@ -8,16 +8,38 @@ from torch import Tensor
 from ..cache.step_plan import Compression
 from ..cache.stores import PackedIndexCache, PackedLatentCache, SlotStore
 from ..formats import hadamard
-from .operator import Implementation, operator
+from .operator import HERE, Implementation, operator
 from .rms_norm_quant import rms_norm
 from .rope import apply_rope
 
 
-def _window(projected: Tensor, ring: Tensor, step_row: Tensor, ring_row: Tensor) -> Tensor:
-    """Rows [N, W, ...] of each window: this step's where `step_row` >= 0, else the ring's; never
-    both, never mixed."""
-    from_step = (step_row >= 0).view(step_row.shape + (1,) * (projected.dim() - 1))
-    return torch.where(from_step, projected[step_row.clamp_min(0)], ring[ring_row.clamp_min(0)])
+def _items(projected: Tensor, ring: Tensor, rows: Compression) -> Tensor:
+    """[N, W, 2, D] fp32, [k | score] of each window's items: this step's where `step_row` >= 0,
+    else the ring's; a row of the step and one of the ring are never mixed.
+
+    An item of ratio 4 is the first half of its row in the window after its own, the second in it.
+    """
+    half = torch.arange(rows.halves, device=ring.device).repeat_interleave(rows.ratio)
+
+    def select(source: Tensor, at: Tensor) -> Tensor:
+        # rows of D numbers: k of each half, then scores of each half
+        lines = source.reshape(source.shape[0] * 2 * rows.halves, -1)
+        k = (at.clamp_min(0) * (2 * rows.halves) + half).unsqueeze(-1)
+        both = torch.cat((k, k + rows.halves), -1)
+        return lines.index_select(0, both.flatten()).view(*both.shape, -1)
+
+    here = rows.step_row >= 0
+    if HERE.static:
+        return torch.where(
+            here.view(*here.shape, 1, 1),
+            select(projected, rows.step_row),
+            select(ring, rows.ring_row),
+        )
+    items = select(projected, rows.step_row)
+    window, item = (~here).nonzero(as_tuple=True)
+    if window.numel():
+        items[window, item] = select(ring, rows.ring_row)[window, item]
+    return items
 
 
 def pool(projected: Tensor, ring: Tensor, rows: Compression, ape: Tensor) -> Tensor:
@@ -28,28 +50,15 @@ def pool(projected: Tensor, ring: Tensor, rows: Compression, ape: Tensor) -> Ten
     for ratio 4 and w = 1 for ratio 128; `ape` [ratio, w·D] is added to the scores by the token's
     place in its own window.
     """
-    ratio, halves = rows.ratio, rows.halves
-    width = ape.shape[-1] // halves
-    projected = projected.unflatten(-1, (2, halves, width))
-    ring = ring.unflatten(-1, (2, halves, width))
-    values, scores = [], []
-    for half in range(halves):
-        items = slice(half * ratio, (half + 1) * ratio)
-        window = _window(
-            projected[:, :, half],
-            ring[:, :, half],
-            rows.step_row[:, items],
-            rows.ring_row[:, items],
-        )
-        values.append(window[:, :, 0])
-        scores.append(window[:, :, 1] + ape.unflatten(-1, (halves, width))[:, half])
-    present = ((rows.step_row >= 0) | (rows.ring_row >= 0)).unsqueeze(-1)
-    value = torch.cat(values, 1).masked_fill(~present, 0.0)
-    score = torch.cat(scores, 1).masked_fill(~present, float("-inf"))
+    absent = ((rows.step_row < 0) & (rows.ring_row < 0)).unsqueeze(-1)
+    value, score = _items(projected, ring, rows).unbind(2)
+    value = value.masked_fill_(absent, 0.0)
+    score += ape.view(rows.ratio, rows.halves, -1).transpose(0, 1).flatten(0, 1)
+    score.masked_fill_(absent, float("-inf"))
     amax = score.amax(1, keepdim=True)
-    p = (score - amax.masked_fill(amax == float("-inf"), 0.0)).exp()
+    p = score.sub_(amax.masked_fill_(amax == float("-inf"), 0.0)).exp_()
     total = p.sum(1)
-    return (p * value).sum(1) / total.masked_fill(total == 0, 1.0)
+    return p.mul_(value).sum(1).div_(total.masked_fill_(total == 0, 1.0))
 
 
 @operator
@@ -80,8 +89,12 @@ def compress(
         entries = pool(projected, ring, rows, ape).to(dtype)
         entries = apply_rope(rms_norm(entries, norm_weight, eps), cos, sin)
         cache.store(rows.slots, hadamard(entries) if rotate else entries)
-    kept = rows.ring_write_row >= 0
-    ring[rows.ring_write_row[kept]] = projected[kept]
+    if HERE.static:
+        at = rows.ring_write_row.clamp_min(0)
+        ring[at] = projected.where((rows.ring_write_row >= 0).unsqueeze(-1), ring[at])
+    else:
+        kept = (rows.ring_write_row >= 0).nonzero().squeeze(-1)
+        ring[rows.ring_write_row[kept]] = projected[kept]
 
 
 def _needs_packed_bf16(

@@ -22,8 +22,10 @@ def grouped_output(
     groups·rank/128]. An implementation may also quantise `o` per token in blocks of 128.
     """
     weight = dense_weight(weight, scale, o.dtype)
-    o = o.reshape(o.shape[0], groups, weight.shape[1])
-    z = torch.einsum("tgi,gri->tgr", o, weight.unflatten(0, (groups, -1))).flatten(1)
+    # groups first: [g, T, i] times [g, i, r]
+    rows = o.to(weight.dtype).view(o.shape[0], groups, weight.shape[1]).transpose(0, 1)
+    z = rows @ weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    z = z.transpose(0, 1).flatten(1).to(o.dtype)
     return quantize_fp8(z, 128) if quantize else z
 
 

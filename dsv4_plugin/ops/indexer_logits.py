@@ -7,9 +7,11 @@ from torch import Tensor
 
 from ..cache.step_plan import StepPlan
 from ..cache.stores import PackedIndexCache, SlotStore
-from .operator import Implementation, operator
+from ..formats import e4m3_to_float
+from .operator import HERE, Implementation, operator
 
-_MAX_SCORES = 1 << 25  # bounds the reference's largest temporary to 128 MiB
+_ROWS = 256
+"""Rows scored at once: they see nearly the same entries, and their scores fit a cache."""
 
 
 @operator
@@ -21,23 +23,28 @@ def indexer_logits(q: Tensor, weights: Tensor, cache: SlotStore, plan: StepPlan)
     the plan's ratio-4 slots. Logits of entries that a row does not see are -inf here; an
     implementation may leave them undefined.
     """
-    q = q.float()
-    slots = plan.request_slots(4)
-    requests, entries = slots.shape
-    logits = q.new_full((q.shape[0], entries), float("-inf"))
+    q = e4m3_to_float(q) if q.dtype == torch.float8_e4m3fn else q
+    logits = q.new_full((q.shape[0], plan.max_seq_len // 4), float("-inf"))
     if not logits.numel():
         return logits
-    keys = cache.load(slots.flatten()).view(requests, entries, -1)
-    block = max(1, _MAX_SCORES // (requests * entries * q.shape[1]))
-    for start in range(0, plan.max_queries, block):
-        rows = ((plan.query >= start) & (plan.query < start + block)).nonzero().squeeze(-1)
-        at = (plan.request[rows], plan.query[rows] - start)
-        size = min(block, plan.max_queries - start)
-        packed_q = q.new_zeros(requests, size, *q.shape[1:])
-        packed_q[at] = q[rows]
-        scores = (packed_q.flatten(1, 2) @ keys.transpose(1, 2)).relu_().unflatten(1, (size, -1))
-        logits[rows] = torch.einsum("tn,tne->te", weights[rows], scores[at])
-    seen = torch.arange(entries, device=q.device) < plan.visible(4).unsqueeze(-1)
+    slots, visible = plan.request_slots(4), plan.visible(4)
+    if HERE.static:
+        keys = cache.load(slots.flatten()).view(*slots.shape, -1)
+        scores = (q @ keys.index_select(0, plan.request).transpose(1, 2)).relu_()
+        seen = torch.arange(logits.shape[1], device=q.device) < visible.unsqueeze(-1)
+        return torch.where(seen, (weights.unsqueeze(1) @ scores).squeeze(1), logits)
+    first = 0
+    for request, rows in enumerate(plan.request.bincount(minlength=slots.shape[0]).tolist()):
+        sees = visible[first : first + rows].tolist()
+        keys = cache.load(slots[request, : max(sees, default=0)])
+        for start in range(0, rows, _ROWS):
+            part = slice(first + start, first + min(start + _ROWS, rows))
+            most = sees[part.stop - first - 1]
+            scores = (q[part].flatten(0, 1) @ keys[:most].t()).relu_()
+            scores = scores.view(part.stop - part.start, q.shape[1], most)
+            logits[part, :most] = (weights[part].unsqueeze(1) @ scores).squeeze(1)
+        first += rows
+    seen = torch.arange(logits.shape[1], device=q.device) < visible.unsqueeze(-1)
     return logits.masked_fill_(~seen, float("-inf"))
 
 

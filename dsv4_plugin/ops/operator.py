@@ -59,15 +59,19 @@ class _Place:
     phase: str = "prefill"
     layer: int = -1
     ratio: int = -1
+    static: bool = False
+    """Whether references keep to what a graph can hold, shapes that no data decides and no wait for
+    the device; in a decode step they always do, captured or not."""
 
 
 HERE = _Place()
 
 
-def enter_step(max_queries: int) -> None:
-    """Says that a step begins whose requests have up to `max_queries` rows; what runs now is
-    outside of layers."""
+def enter_step(max_queries: int, static: bool = False) -> None:
+    """Says that a step begins whose requests have up to `max_queries` rows, with a `static` plan or
+    not; what runs now is outside of layers."""
     HERE.phase, HERE.layer, HERE.ratio = phase(max_queries), -1, -1
+    HERE.static = static or max_queries <= 1
 
 
 _LAYER_KINDS = {-1: "model", 0: "window", 4: "c4", 128: "c128"}
@@ -406,6 +410,35 @@ class Operator:
 
 def _kind(value: Any) -> Any:
     return value if isinstance(value, _WORDS) else type(value).__name__
+
+
+class Calls:
+    """The calls that one captured graph holds; what it replays, Python does not see."""
+
+    def __init__(self):
+        self._choices: list[tuple[Choice, int]] = []
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Notes the calls that are made while it lasts, in place of those it noted before, and
+        takes them back: they serve nobody."""
+        before = {id(choice): choice.calls for choice in self._every()}
+        yield
+        self._choices = []
+        for choice in self._every():
+            made = choice.calls - before.get(id(choice), 0)
+            if made:
+                self._choices.append((choice, made))
+                choice.calls -= made
+
+    def add(self) -> None:
+        """Counts them once more: the graph is replayed."""
+        for choice, made in self._choices:
+            choice.calls += made
+
+    @staticmethod
+    def _every() -> list[Choice]:
+        return [choice for each in OPERATORS.values() for choice in each.choices.values()]
 
 
 OPERATORS: dict[str, Operator] = {}

@@ -53,7 +53,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Te
         sin = -sin
     nope, pairs = x[..., :-rope_dim], x[..., -rope_dim:].float().unflatten(-1, (-1, 2))
     real, imaginary = pairs[..., 0], pairs[..., 1]
-    rotated = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), -1).flatten(
-        -2
+    turned = (
+        torch.addcmul(real * cos, imaginary, sin, value=-1),
+        torch.addcmul(real * sin, imaginary, cos),
     )
-    return torch.cat((nope, rotated.to(x.dtype)), -1)
+    return torch.cat((nope, torch.stack(turned, -1).flatten(-2).to(x.dtype)), -1)

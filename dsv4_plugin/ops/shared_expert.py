@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats import dense_weight
+from .block_fp8_linear import linear
 from .operator import Implementation, operator
 
 
@@ -31,8 +32,8 @@ def shared_expert(
     w1, w2, w3 = (
         dense_weight(w, s, x.dtype) for w, s in ((w1, w1_scale), (w2, w2_scale), (w3, w3_scale))
     )
-    hidden = swiglu(F.linear(x, w1), F.linear(x, w3), swiglu_limit).to(x.dtype)
-    return F.linear(hidden, w2).float()
+    hidden = swiglu(linear(x, w1), linear(x, w3), swiglu_limit).to(x.dtype)
+    return linear(hidden, w2).float()
 
 
 def needs_bf16(x: Tensor, *rest) -> str | None:

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..cache.layout import PAGE_TOKENS, request_ring_row, window_ring_row
+from ..cache.layout import PAGE_TOKENS, entry_slots, request_ring_row, window_ring_row
 from ..cache.step_plan import RING_ROWS, WINDOW, Compression, StepPlan, static_windows
 from .operator import Implementation, operator
 
@@ -30,6 +29,7 @@ def build_step_plan(
     rings: Mapping[int, int] = RING_ROWS,
     static_rows: bool = False,
     may_shrink: bool = False,
+    out: StepPlan | None = None,
 ) -> StepPlan:
     """The plan of one step (docs/model.md §4).
 
@@ -42,7 +42,8 @@ def build_step_plan(
     `max_seq_len` and `rings` alone, as a captured graph needs; an implementation may always do so.
     With `may_shrink` a request may be cut back to any length past its prefix after the step, as
     drafts that are refused are, and the rings keep what each of those lengths needs; for up to
-    `shrinkable_rows` rows a request.
+    `shrinkable_rows` rows a request. With `out`, a static plan of the same shapes, the values go
+    into its tensors and it is returned.
     """
     # The fewest tokens that a request may have after the step.
     least = torch.minimum(seq_lens, prefix_lens + 1) if may_shrink else seq_lens
@@ -61,7 +62,7 @@ def build_step_plan(
     page_table = slot_table[slot_row.unsqueeze(-1), pages].to(torch.int64) // PAGE_TOKENS
     last = position.unsqueeze(-1) - torch.arange(WINDOW - 1, -1, -1, device=position.device)
     window = steps.window_slot(request.unsqueeze(-1), last)
-    return StepPlan(
+    plan = StepPlan(
         position=position,
         request=request,
         query=position - prefix_lens[request],
@@ -73,7 +74,26 @@ def build_step_plan(
         compression={
             ratio: steps.compression(ratio, ring, static_rows) for ratio, ring in rings.items()
         },
+        dense_slots=_dense_slots(position, page_table[request], max_seq_len)
+        if 128 in rings
+        else None,
+        static=static_rows,
     )
+    return plan if out is None else _into(plan, out)
+
+
+def _dense_slots(position: Tensor, pages: Tensor, max_seq_len: int) -> Tensor:
+    """Slots of the ratio-128 entries that each row sees, by its own `pages` [T, ..]; -1 past them."""
+    entries = torch.arange(max_seq_len // 128, device=position.device)
+    slots = entry_slots(pages, entries.expand(pages.shape[0], -1), 128)
+    return slots.masked_fill_(entries >= ((position + 1) // 128).unsqueeze(-1), -1)
+
+
+def _into(plan: StepPlan, out: StepPlan) -> StepPlan:
+    for mine, theirs in zip(plan.tensors(), out.tensors(), strict=True):
+        if mine is not theirs:
+            theirs.copy_(mine)
+    return out
 
 
 def build_draft_plan(
@@ -135,29 +155,48 @@ class _Steps:
 
     def compression(self, ratio: int, ring: int, static_rows: bool) -> Compression:
         halves = 2 if ratio == 4 else 1
-        token = ((self.position + 1) % ratio == 0).nonzero().squeeze(-1)
-        if static_rows:
-            rows = static_windows(self.position.shape[0], self.seq_lens.shape[0], ratio)
-            token = F.pad(token, (0, rows - token.shape[0]), value=-1)
-        padding = token < 0
-        request, end = self.request[token].unsqueeze(-1), self.position[token].unsqueeze(-1)
-        item = end - torch.arange(ratio * halves - 1, -1, -1, device=end.device)
-        in_step = item >= self.prefix_lens[request]
-        in_ring = (item >= 0) & ~in_step
-        step_row = torch.where(in_step, token.unsqueeze(-1) - (end - item), -1)
-        ring_row = torch.where(in_ring, self.ring_row(ratio, ring, request, item), -1)
+        kept = self.ring_row(ratio, ring, self.request, self.position)
+        kept = kept.masked_fill(~self._kept(ratio), -1)
+        request, token, present = self._completed(ratio, static_rows)
+        if not token.shape[0]:  # as in most decode steps that are not captured
+            items = token.new_empty(0, ratio * halves)
+            return Compression(ratio, halves, token, token, token, items, items, kept)
+        end = self.position[token]
+        age = torch.arange(ratio * halves - 1, -1, -1, device=end.device)
+        item, row = end.unsqueeze(-1) - age, token.unsqueeze(-1) - age
+        shown, prefix = present.unsqueeze(-1), self.prefix_lens[request].unsqueeze(-1)
+        in_step, in_ring = shown & (item >= prefix), shown & (item >= 0) & (item < prefix)
+        ring_row = self.ring_row(ratio, ring, request.unsqueeze(-1), item)
         return Compression(
             ratio=ratio,
             halves=halves,
-            token=token,
-            position=(end.squeeze(-1) + 1 - ratio).masked_fill(padding, -1),
-            slots=(self.out_slot[token] // ratio).masked_fill(padding, -1),
-            step_row=step_row.masked_fill(padding.unsqueeze(-1), -1),
-            ring_row=ring_row.masked_fill(padding.unsqueeze(-1), -1),
-            ring_write_row=self.ring_row(ratio, ring, self.request, self.position).masked_fill(
-                ~self._kept(ratio), -1
-            ),
+            token=token.masked_fill(~present, -1),
+            position=(end + 1 - ratio).masked_fill_(~present, -1),
+            slots=(self.out_slot[token] // ratio).masked_fill_(~present, -1),
+            step_row=row.masked_fill_(~in_step, -1),
+            ring_row=ring_row.masked_fill(~in_ring, -1),
+            ring_write_row=kept,
         )
+
+    def _completed(self, ratio: int, static_rows: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(request, step's row that ends it, whether it is one) int64, int64, bool [N] of each
+        window completed, in the order of the rows."""
+        before, after = self.prefix_lens // ratio, self.seq_lens // ratio
+        ends = (after - before).cumsum(0)
+        if static_rows:
+            count = static_windows(self.position.shape[0], ends.shape[0], ratio)
+        else:
+            count = int(ends[-1]) if ends.shape[0] else 0
+            if not count:
+                return ends[:0], ends[:0], ends[:0] > 0
+        number = torch.arange(count, device=ends.device)
+        request = torch.searchsorted(ends, number, right=True)
+        present = request < ends.shape[0]
+        request = request.clamp_max_(max(ends.shape[0] - 1, 0))
+        rows = (self.seq_lens - self.prefix_lens).cumsum(0)  # where each request's rows end
+        window = number - ends[request] + after[request]
+        token = rows[request] - self.seq_lens[request] + (window + 1) * ratio - 1
+        return request, token.masked_fill_(~present, 0), present
 
     def _kept(self, ratio: int) -> Tensor:
         """bool [T]: rows whose projections later steps need, the unfinished window and, for ratio

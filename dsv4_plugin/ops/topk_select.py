@@ -32,16 +32,16 @@ def _numbers(logits: Tensor, visible: Tensor, topk: int) -> Tensor:
     if entries <= topk:
         return torch.where(seen, number, -1)
     logits = logits.masked_fill(~seen, float("-inf"))
-    border = logits.topk(topk, -1).values[:, -1:]
+    border = logits.topk(topk, -1, sorted=False).values.amin(-1, keepdim=True)
     above = logits > border
     tied = (logits == border) & seen
-    chosen = above | (tied & (tied.cumsum(-1) <= topk - above.sum(-1, keepdim=True)))
-    numbers = (
-        torch.where(chosen & seen, number, entries)
-        .topk(topk, -1, largest=False, sorted=True)
-        .values
-    )
-    return numbers.masked_fill(numbers == entries, -1)
+    rank = tied.cumsum(-1, dtype=torch.int32)
+    chosen = above | (tied & (rank <= topk - above.sum(-1, keepdim=True)))
+    # each chosen number goes to its place, all others to one more column
+    place = (chosen.cumsum(-1, dtype=torch.int32) - 1).masked_fill_(~chosen, topk)
+    numbers = number.new_full((logits.shape[0], topk + 1), -1)
+    numbers.scatter_(1, place.to(torch.int64), number.expand_as(logits))
+    return numbers[:, :topk].contiguous()
 
 
 topk_select.add(

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from ..cache import PAGE_TOKENS
-from ..cache.step_plan import RING_ROWS, SPECULATION_RING_ROWS, shrinkable_rows
+from ..cache.step_plan import (
+    RING_ROWS,
+    SPECULATION_RING_ROWS,
+    context_bucket,
+    shrinkable_rows,
+)
 from ..model import DeepseekV4
 from ..ops import build_draft_plan, build_step_plan, sample_greedy
 from ..ops.operator import enter_step
@@ -113,9 +118,15 @@ class Engine:
         """
         sequence.length = length
 
-    def plan(self, batch: list[tuple[Sequence, int]], may_shrink: bool = False) -> StepPlan:
+    def plan(
+        self,
+        batch: list[tuple[Sequence, int]],
+        may_shrink: bool = False,
+        static: bool = False,
+        out: StepPlan | None = None,
+    ) -> StepPlan:
         """The step plan that adds that many tokens to each sequence; pages are taken, lengths
-        advance.
+        advance. `static` and `out` are for steps that are captured, see build_step_plan.
 
         With `may_shrink` they may be cut back to all but the first of these tokens. Raises
         PoolFull, with nothing taken, when there are too few pages for all of the batch.
@@ -133,8 +144,10 @@ class Engine:
         position, request, prefix, lens, row = (
             t.to(self.device) for t in (position, request, prefix, seq_lens, row)
         )
-        max_queries = max(counts.tolist(), default=0)
-        enter_step(max_queries)
+        max_queries, longest = max(counts.tolist(), default=0), max(seq_lens.tolist(), default=0)
+        if max_queries <= 1:  # decode, as a captured graph sees it
+            longest = context_bucket(longest, self._slots.shape[1])
+        enter_step(max_queries, static)
         return build_step_plan(
             position,
             request,
@@ -145,9 +158,11 @@ class Engine:
             row,
             self._full_to_window,
             max_queries,
-            max(seq_lens.tolist(), default=0),
+            longest,
             rings=self.rings,
+            static_rows=static or out is not None,
             may_shrink=may_shrink,
+            out=out,
         )
 
     def draft_plan(self, sequences: list[Sequence], block: int) -> StepPlan:

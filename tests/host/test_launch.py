@@ -76,15 +76,20 @@ def test_device_and_platform_must_agree(server_args, monkeypatch, device, wanted
         launch.check_arguments(server_args)
 
 
-def test_graphs_are_turned_off():
+def test_what_is_decided_on_a_gpu(monkeypatch):
     from sglang.srt.model_executor.cuda_graph_config import Backend, default_cuda_graph_config
 
+    monkeypatch.delenv("SGLANG_ENABLE_WAR_BARRIER", raising=False)
     config = default_cuda_graph_config()
-    assert config.decode.backend != Backend.DISABLED
-    declared = launch._without_graphs(SimpleNamespace(cuda_graph_config=config))[
-        "cuda_graph_config"
-    ]
-    assert declared.decode.backend == declared.prefill.backend == Backend.DISABLED
+    decided = launch._on_gpu(SimpleNamespace(cuda_graph_config=config))
+    graphs = decided.pop("cuda_graph_config")
+    assert graphs.decode.backend == config.decode.backend == Backend.FULL
+    assert graphs.prefill.backend == Backend.DISABLED
+    assert decided == {"disable_flashinfer_autotune": True}
+    assert os.environ["SGLANG_ENABLE_WAR_BARRIER"] == "1"
+    monkeypatch.setenv("SGLANG_ENABLE_WAR_BARRIER", "0")  # a user's word stands
+    launch._on_gpu(SimpleNamespace(cuda_graph_config=config))
+    assert os.environ["SGLANG_ENABLE_WAR_BARRIER"] == "0"
 
 
 def test_hub_names_and_directories(tmp_path, monkeypatch):

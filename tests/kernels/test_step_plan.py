@@ -20,8 +20,21 @@ def assert_same(
     tables: Tables, prefix_lens: list[int], counts: list[int], rings=RING_ROWS, may_shrink=False
 ) -> None:
     arguments = tables.arguments(prefix_lens, counts) | {"rings": rings, "may_shrink": may_shrink}
-    got = build_step_plan.implementations["triton"].load()(**arguments)
+    kernel = build_step_plan.implementations["triton"].load()
+    got = kernel(**arguments)
+    assert_equal(got, arguments)
+    tensors = list(got.tensors())
+    for tensor in tensors:
+        if tensor is not arguments["position"] and tensor is not arguments["request"]:
+            tensor.fill_(-7)
+    assert kernel(**arguments, out=got) is got
+    assert all(now is before for now, before in zip(got.tensors(), tensors, strict=True))
+    assert_equal(got, arguments)
+
+
+def assert_equal(got, arguments: dict) -> None:
     want = build_step_plan.reference(**arguments, static_rows=True)
+    rings = arguments["rings"]
     assert (got.max_queries, got.max_seq_len, got.phase) == (
         want.max_queries,
         want.max_seq_len,
@@ -29,6 +42,9 @@ def assert_same(
     )
     for name in TENSORS:
         assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert got.static and (got.dense_slots is None) == (128 not in rings)
+    if 128 in rings:
+        assert torch.equal(got.dense_slots, want.dense_slots)
     assert got.page_table.shape == want.page_table.shape
     # what lies past a sequence's end is undefined
     for request, length in enumerate(arguments["seq_lens"].tolist()):

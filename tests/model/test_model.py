@@ -97,16 +97,29 @@ def test_experts_are_loaded_one_by_one():
 
 
 @pytest.mark.parametrize(
-    "precision, dtype",
-    [("exact", torch.float32), ("official", torch.float32), ("serving", torch.bfloat16)],
+    "precision, device, dtype",
+    [
+        ("exact", "cpu", torch.float32),
+        ("official", "cpu", torch.float32),
+        ("serving", "cpu", torch.float32),
+        ("serving", "meta", torch.bfloat16),
+    ],
 )
-def test_what_stays_in_fp32(golden_geometry, precision, dtype):
-    model = DeepseekV4(golden_geometry, Precision(precision))
+def test_what_stays_in_fp32(golden_geometry, precision, device, dtype):
+    model = DeepseekV4(golden_geometry, Precision(precision), device=device)
     always = ("hc_", "attn_sink", ".ape", "gate.bias")
     for name, parameter in model.named_parameters():
         if name.endswith("tid2eid"):
             assert parameter.dtype == torch.int64
-        else:
+        elif parameter.dtype.itemsize > 1:  # not packed
             assert parameter.dtype == (
                 torch.float32 if any(part in name for part in always) else dtype
             ), name
+
+
+@pytest.mark.parametrize("precision", ["exact", "serving"])
+def test_activations_have_the_dtype_of_the_precision(golden_geometry, precision):
+    """Whatever the weights are kept in."""
+    model = DeepseekV4(golden_geometry, Precision(precision))
+    assert model.embedded(torch.zeros(3, dtype=torch.int64)).dtype == model.dtype
+    assert model.dtype == (torch.bfloat16 if precision == "serving" else torch.float32)

@@ -16,6 +16,7 @@ from dsv4_plugin.ops.rope import rotation
 
 from .tables import Request, Tables
 
+pytestmark = pytest.mark.usefixtures("each_form")
 EPS = 1e-6
 FREQUENCIES = 160000.0 ** -(torch.arange(0, 64, 2) / 64)
 KINDS = pytest.mark.parametrize("ratio, dim", [(4, 512), (4, 128), (128, 512)])

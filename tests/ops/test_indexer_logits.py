@@ -13,6 +13,7 @@ from dsv4_plugin.ops import build_step_plan, indexer_logits
 
 from .tables import Request, Tables
 
+pytestmark = pytest.mark.usefixtures("each_form")
 # `ops.indexer_logits` is the operator, which hides the module of the same name.
 MODULE = import_module("dsv4_plugin.ops.indexer_logits")
 REQUESTS = [Request(0, 9), Request(250, 20), Request(3, 1), Request(0, 2), Request(513, 6)]
@@ -52,7 +53,7 @@ def test_ragged_batch():
 
 def test_blocks_of_queries_change_nothing(monkeypatch):
     case = Case()
-    monkeypatch.setattr(MODULE, "_MAX_SCORES", 1)
+    monkeypatch.setattr(MODULE, "_ROWS", 3)
     assert_close(
         indexer_logits.reference(case.q, case.weights, case.cache, case.plan), case.expected(case.q)
     )

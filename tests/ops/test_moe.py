@@ -11,6 +11,7 @@ from dsv4_plugin.ops import moe
 
 from .test_shared_expert import LIMIT, naive
 
+pytestmark = pytest.mark.usefixtures("each_form")
 EXPERTS, TOPK, HIDDEN, INNER = 6, 3, 128, 256
 
 

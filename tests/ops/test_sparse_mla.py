@@ -18,6 +18,7 @@ from dsv4_plugin.cache import (
 )
 from dsv4_plugin.ops import sparse_mla
 
+pytestmark = pytest.mark.usefixtures("each_form")
 # `ops.sparse_mla` is the operator, which hides the module of the same name.
 MODULE = import_module("dsv4_plugin.ops.sparse_mla")
 SCALE = 512**-0.5
@@ -149,6 +150,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
     case = Case(7)
     whole = case.run()
     monkeypatch.setattr(MODULE, "_MAX_GATHERED", 1)
+    monkeypatch.setattr(MODULE, "_ROWS", 2)
     # other GEMM shapes, other order of sums
     torch.testing.assert_close(case.run(), whole, rtol=0, atol=1e-6)
 
@@ -174,3 +176,16 @@ def test_packed_caches_and_bf16_queries():
 
 def test_no_rows():
     assert Case(0).run().shape == (0, 3, 512)
+
+
+def test_a_latent_that_is_no_number_reaches_only_rows_that_list_it():
+    """A request that overflowed must not spoil those that share its batch."""
+    case = Case(6)
+    case.window[case.window == 9] = 8
+    want = case.run()
+    case.window[2, 5] = 9
+    case.caches[0].values[9, 3] = float("nan")
+    got = case.run()
+    assert got[2].isnan().any()
+    others = torch.arange(6) != 2
+    torch.testing.assert_close(got[others], want[others], rtol=0, atol=1e-6)

@@ -28,6 +28,8 @@ class RowsAlike(TorchFunctionMode):
             torch.sigmoid,
             torch.rsqrt,
             torch.addcmul,
+            torch.addmm,
+            torch.baddbmm,
             torch.rms_norm,
             Tensor.matmul,
             Tensor.__matmul__,
@@ -37,13 +39,16 @@ class RowsAlike(TorchFunctionMode):
             Tensor.cos,
             Tensor.sin,
             Tensor.exp,
+            Tensor.sigmoid,
         )
     )
 
+    IN_PLACE = {Tensor.exp_: Tensor.exp, Tensor.rsqrt_: Tensor.rsqrt, Tensor.log_: Tensor.log}
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is Tensor.exp_:
-            return args[0].copy_(args[0].double().exp())
+        if func in self.IN_PLACE:
+            return args[0].copy_(self.IN_PLACE[func](args[0].double()))
         first = next((a for a in args if isinstance(a, Tensor)), None)
         if func not in self.ROUNDED or not first.is_floating_point():
             return func(*args, **kwargs)

@@ -64,10 +64,10 @@ def last_streams_and_index_sets(golden, model, k: int) -> tuple[torch.Tensor, to
     there."""
     sets = torch.full((model.geometry.num_hidden_layers, model.geometry.index_topk), -1)
 
-    def keep(operator, choice, *args):
+    def keep(operator, choice, *args, **kwargs):
         if operator.name == "topk_select":
             sets[HERE.layer] = operator.reference(*args[:3])[-1]
-        return operator.reference(*args)
+        return operator.reference(*args, **kwargs)
 
     engine = Engine(model)
     with observed(keep):

@@ -464,3 +464,17 @@ def test_choosing_costs_no_more_than_a_few_small_torch_calls():
     ]
     choosing, smallest = (min(column) for column in zip(*pairs, strict=True))
     assert choosing < 6 * smallest
+
+
+def test_calls_of_a_captured_graph_count_when_it_is_replayed(moe):
+    """Not when it is captured, which serves nobody; the last of the warm-ups and captures counts."""
+    x, calls = torch.ones(2), selection.Calls()
+    moe(x)
+    for _ in range(3):
+        with calls.counted():
+            moe(x)
+            moe(x)
+    assert sum(choice.calls for choice in moe.choices.values()) == 1
+    calls.add()
+    calls.add()
+    assert sum(choice.calls for choice in moe.choices.values()) == 1 + 2 * 2

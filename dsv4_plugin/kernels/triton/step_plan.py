@@ -26,6 +26,7 @@ from ..strides import require_contiguous, require_dense_rows
 _PAGE = tl.constexpr(layout.PAGE_TOKENS)
 _WINDOW = tl.constexpr(WINDOW)
 _PAGES_A_PROGRAM = 256
+_ENTRIES_A_PROGRAM = 256
 _SCAN = 1024
 
 
@@ -203,6 +204,62 @@ def windows_kernel(
     tl.store(ring_rows + window * ITEMS + item, ring_row)
 
 
+@triton.jit
+def dense_kernel(
+    positions,
+    requests,
+    slot_table,
+    table_stride,
+    slot_rows,
+    dense_slots,
+    entries,
+    BLOCK: tl.constexpr,
+):
+    """Grid (T, ceil(entries / BLOCK)): slots of the ratio-128 entries that a row sees, then -1."""
+    token = tl.program_id(0).to(tl.int64)
+    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(slot_rows + tl.load(requests + token)).to(tl.int64)
+    seen = entry < (tl.load(positions + token) + 1) // 128
+    slot = tl.load(slot_table + row * table_stride + entry * 128, mask=seen, other=0)
+    slot = tl.where(seen, slot.to(tl.int64) // 128, -1)
+    tl.store(dense_slots + token * entries + entry, slot, mask=entry < entries)
+
+
+def _empty(
+    position: Tensor,
+    request: Tensor,
+    requests: int,
+    max_queries: int,
+    max_seq_len: int,
+    rings: Mapping[int, int],
+) -> StepPlan:
+    """A static plan whose other tensors nobody wrote yet."""
+    tokens = position.shape[0]
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64, device=position.device)
+
+    def compression(ratio: int) -> Compression:
+        halves, count = 2 if ratio == 4 else 1, static_windows(tokens, requests, ratio)
+        rows = (numbers(count) for _ in range(3))
+        items = (numbers(count, ratio * halves) for _ in range(2))
+        return Compression(ratio, halves, *rows, *items, numbers(tokens))
+
+    return StepPlan(
+        position=position,
+        request=request,
+        query=numbers(tokens),
+        max_queries=max_queries,
+        max_seq_len=max_seq_len,
+        window_write=numbers(tokens),
+        window=numbers(tokens, WINDOW),
+        page_table=numbers(requests, triton.cdiv(max_seq_len, layout.PAGE_TOKENS)),
+        compression={ratio: compression(ratio) for ratio in rings},
+        dense_slots=numbers(tokens, max_seq_len // 128) if 128 in rings else None,
+        static=True,
+    )
+
+
 def build_step_plan(
     position: Tensor,
     request: Tensor,
@@ -217,6 +274,7 @@ def build_step_plan(
     rings: Mapping[int, int] = RING_ROWS,
     static_rows: bool = False,
     may_shrink: bool = False,
+    out: StepPlan | None = None,
 ) -> StepPlan:
     """The operator of the same name; its shapes are static whether `static_rows` asks for it or
     not."""
@@ -231,19 +289,13 @@ def build_step_plan(
         full_to_window=full_to_window,
     )
     require_dense_rows("build_step_plan", slot_table=slot_table)
-    tokens, requests, pages = (
-        position.shape[0],
-        seq_lens.shape[0],
-        triton.cdiv(max_seq_len, layout.PAGE_TOKENS),
-    )
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int64, device=position.device)
-
+    tokens, requests = position.shape[0], seq_lens.shape[0]
+    plan = out or _empty(position, request, requests, max_queries, max_seq_len, rings)
+    for kept, given in ((plan.position, position), (plan.request, request)):
+        if kept is not given:
+            kept.copy_(given)
     tables = (slot_table, slot_table.stride(0), slot_row)
-    query, window_write, window = numbers(tokens), numbers(tokens), numbers(tokens, WINDOW)
-    page_table = numbers(requests, pages)
-    kept = {ratio: numbers(tokens) for ratio in rings}
+    kept = {ratio: rows.ring_write_row for ratio, rows in plan.compression.items()}
     if tokens:
         rows_kernel[(tokens,)](
             position,
@@ -253,51 +305,50 @@ def build_step_plan(
             seq_lens,
             *tables,
             full_to_window,
-            query,
-            window_write,
-            window,
-            kept.get(4, query),
-            kept.get(128, query),
+            plan.query,
+            plan.window_write,
+            plan.window,
+            kept.get(4, plan.query),
+            kept.get(128, plan.query),
             RING_4=rings.get(4, 0),
             RING_128=rings.get(128, 0),
             MAY_SHRINK=may_shrink,
             num_warps=1,
         )
-    if page_table.numel():
+    if plan.page_table.numel():
+        pages = plan.page_table.shape[1]
         pages_kernel[(requests, triton.cdiv(pages, _PAGES_A_PROGRAM))](
-            seq_lens, *tables, page_table, pages, BLOCK=_PAGES_A_PROGRAM, num_warps=1
+            seq_lens, *tables, plan.page_table, pages, BLOCK=_PAGES_A_PROGRAM, num_warps=1
         )
-    compression = {}
-    for ratio, ring in rings.items():
-        halves, count = 2 if ratio == 4 else 1, static_windows(tokens, requests, ratio)
-        rows = (
-            *(numbers(count) for _ in range(3)),
-            *(numbers(count, ratio * halves) for _ in range(2)),
+    if plan.dense_slots is not None and plan.dense_slots.numel():
+        entries = plan.dense_slots.shape[1]
+        dense_kernel[(tokens, triton.cdiv(entries, _ENTRIES_A_PROGRAM))](
+            position,
+            request,
+            *tables,
+            plan.dense_slots,
+            entries,
+            BLOCK=_ENTRIES_A_PROGRAM,
+            num_warps=1,
         )
-        if count:
-            windows_kernel[(count,)](
+    for ratio, rows in plan.compression.items():
+        if rows.token.shape[0]:
+            windows_kernel[(rows.token.shape[0],)](
                 prefix_lens,
                 seq_lens,
                 out_slot,
                 *tables,
                 full_to_window,
                 requests,
-                *rows,
+                rows.token,
+                rows.position,
+                rows.slots,
+                rows.step_row,
+                rows.ring_row,
                 RATIO=ratio,
-                RING=ring,
-                ITEMS=ratio * halves,
+                RING=rings[ratio],
+                ITEMS=ratio * rows.halves,
                 SCAN=min(_SCAN, triton.next_power_of_2(requests)),
                 num_warps=1,
             )
-        compression[ratio] = Compression(ratio, halves, *rows, kept[ratio])
-    return StepPlan(
-        position,
-        request,
-        query,
-        max_queries,
-        max_seq_len,
-        window_write,
-        window,
-        page_table,
-        compression,
-    )
+    return plan
