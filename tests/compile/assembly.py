@@ -105,23 +105,35 @@ def amd_resources(compiled: Any, chip: Chip) -> dict[str, Any]:
     }
 
 
-def nvidia_resources(compiled: Any) -> dict[str, Any]:
-    """Registers, spills, shared memory and tensor-core instructions of a compiled NVIDIA kernel."""
-    ptx = compiled.asm["ptx"]
+def cuobjdump(compiled: Any, what: str) -> str:
+    """What Triton's cuobjdump says of a compiled NVIDIA kernel: "-res-usage" or "-sass"."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", cubin.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        command = [tools / "cuobjdump", what, cubin.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def nvidia_occupancy(registers: int, shared: int, warps: int, chip: Chip) -> int:
+    """Workgroups that an SM of compute capability 9 holds: 64 warps, 64 K registers given to a warp
+    by 256, 32 workgroups."""
+    by_registers = 65536 // (math.ceil(registers * 32 / 256) * 256 * warps)
+    by_shared = chip.shared_per_unit // (shared + 1024)
+    return min(64 // warps, by_registers, by_shared, 32)
+
+
+def nvidia_resources(compiled: Any, chip: Chip) -> dict[str, Any]:
+    """Registers, spills, shared memory, occupancy and tensor-core instructions of a compiled NVIDIA
+    kernel."""
+    ptx = compiled.asm["ptx"]
+    usage = cuobjdump(compiled, "-res-usage")
 
     def entry(key: str) -> int:
         return int(re.findall(rf"{key}:(\d+)", usage)[-1])
 
+    warps = compiled.metadata.num_warps
+    workgroups = nvidia_occupancy(entry("REG"), compiled.metadata.shared, warps, chip)
     products = re.findall(r"\b(wgmma\.mma_async\.\S+|mma\.sync\.\S+?)[\s{]", ptx)
     return {
         "num_warps": compiled.metadata.num_warps,
@@ -130,6 +142,7 @@ def nvidia_resources(compiled: Any) -> dict[str, Any]:
         "spills": entry("LOCAL"),
         "scratch": entry("STACK"),
         "lds": compiled.metadata.shared,
+        "wg_per_cu": workgroups,
         "mfma": dict(
             sorted(
                 Counter(

@@ -3,6 +3,7 @@ another).
 
 llvm-mca models one wave, straight-line code and a fixed memory latency. Its unit is the 4 clocks
 that a wave64 vector instruction takes. Compare kernels in the same unit by it; it is never a time.
+Products of FP8 are priced by us (`chips.unpriced_cycles`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 from functools import cache
 
-from chips import Chip
+from chips import Chip, unpriced_cycles
 
 _TIMEOUT = 30
 _MEMORY = re.compile(r"(global|buffer|flat|scratch)_")
@@ -62,7 +63,7 @@ def cycles(body: list[str], chip: Chip) -> int | None:
     except subprocess.TimeoutExpired:
         return None
     found = re.search(r"Total Cycles:\s+(\d+)", run.stdout)
-    return int(found[1]) if found else None
+    return int(found[1]) + sum(map(unpriced_cycles, body)) if found else None
 
 
 def issue_cycles(body: list[str], chip: Chip) -> int | None:

@@ -23,13 +23,16 @@ COLUMNS = (
     "loop_instructions",
     "mca_cycles",
     "mca_issue_cycles",
+    "mca_outside_cycles",
     "simd_issue_cycles_per_unit",
+    "lds_simd_cycles_per_unit",
+    "bytes_in_flight_per_cu",
     "mac_redundancy",
 )
 
 
 def markdown(rows: dict[str, dict]) -> str:
-    """The rows of AMD chips as a markdown table."""
+    """The rows as a markdown table."""
 
     def cell(row: dict, column: str) -> str:
         value = row.get(column)
@@ -45,7 +48,7 @@ def markdown(rows: dict[str, dict]) -> str:
         "|---" * (3 + len(COLUMNS)) + "|",
     ]
     for name, row in rows.items():
-        if "vgpr" in row:
+        if "config" in row:
             lines.append(
                 f"| {name} | " + " | ".join(cell(row, column) for column in COLUMNS) + " |"
             )
@@ -76,7 +79,7 @@ def main() -> int:
         )
     for operator in chosen:
         kept, now = table.read(operator), table.build(operator)
-        lines = table.difference(kept["rows"], now["rows"], () if tool() else table.CYCLE_COLUMNS)
+        lines = table.moved(kept, now["rows"])
         print(f"{operator}: {len(now['rows'])} rows, {len(lines)} cells moved", *lines, sep="\n  ")
         if arguments.markdown:
             print(markdown(now["rows"]))

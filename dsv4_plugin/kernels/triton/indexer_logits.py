@@ -27,6 +27,7 @@ from ...cache.step_plan import StepPlan
 from ...cache.stores import PackedIndexCache
 from ..strides import require_contiguous, require_dense_rows
 from .formats import fp8_operand, is_fnuz
+from .sparse_mla import compute_units
 
 _RATIO = tl.constexpr(4)
 _DIM = tl.constexpr(layout.INDEX_DIM)
@@ -208,11 +209,10 @@ def indexer_logits_kernel(
         row += count
 
 
-def _programs(config: Config, tokens: int, entries: int, where: torch.device) -> int:
-    units = (
-        torch.cuda.get_device_properties(where).multi_processor_count if where.type == "cuda" else 1
+def _programs(config: Config, tokens: int, entries: int, q: Tensor) -> int:
+    return min(
+        compute_units(q) * config.programs_a_unit, tokens * triton.cdiv(entries, config.block_keys)
     )
-    return min(units * config.programs_a_unit, tokens * triton.cdiv(entries, config.block_keys))
 
 
 def indexer_logits(q: Tensor, weights: Tensor, cache: PackedIndexCache, plan: StepPlan) -> Tensor:
@@ -228,7 +228,7 @@ def indexer_logits(q: Tensor, weights: Tensor, cache: PackedIndexCache, plan: St
     if logits.numel():
         config, pages, fnuz = _config(plan.phase), cache.pages, is_fnuz()
         codes = torch.uint8 if fnuz else torch.float8_e4m3fn
-        indexer_logits_kernel[(_programs(config, tokens, entries, q.device),)](
+        indexer_logits_kernel[(_programs(config, tokens, entries, q),)](
             q.view(codes),
             weights,
             pages.view(codes),
