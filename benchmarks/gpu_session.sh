@@ -16,8 +16,8 @@ cd "$(dirname "$0")/.." || exit 2
 "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
     echo "gpu_session.sh: error: $python has no torch that sees a GPU; set PYTHON to one that has" >&2; exit 2; }
 begin=$(date +%s)
-echo "== tests/gpu, at most $((limit / 2)) s"
-timeout -k 10 $((limit / 2)) "$python" -m pytest tests/gpu -q --junitxml "$folder/tests.xml" > "$folder/tests.log" 2>&1
+echo "== tests/kernels and tests/gpu, at most $((limit / 2)) s"
+timeout -k 10 $((limit / 2)) "$python" -m pytest tests/kernels tests/gpu -q --continue-on-collection-errors --junitxml "$folder/tests.xml" > "$folder/tests.log" 2>&1
 tests=$?
 tail -n 15 "$folder/tests.log"
 rest=$((limit - $(date +%s) + begin - 20)) # a case that began may still end

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import re
 
-_LDS = re.compile(r"ds_(?:read|write|load|store)(2?)(?:st64)?_(?:\w*?)[bui](8|16|32|64|96|128)(?![0-9])")
+_LDS = re.compile(
+    r"ds_(?:read|write|load|store)(2?)(?:st64)?_(?:\w*?)[bui](8|16|32|64|96|128)(?![0-9])"
+)
 _WORDS = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 _LOAD = re.compile(r"(?:global|buffer|flat)_load_(?:lds_)?(\w+)")
 _STORE = re.compile(r"(?:global|buffer|flat)_(?:store|atomic)_")

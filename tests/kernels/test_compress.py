@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 from batches import Tables
+from devices import either, kernel
 
 from dsv4_plugin.cache import (
     PackedIndexCache,
@@ -90,7 +91,7 @@ class Case:
         return ring, cache
 
     def run_both(self):
-        return self.run(compress.implementations["triton"].load()), self.run(compress.reference)
+        return self.run(kernel(compress)), self.run(compress.reference)
 
 
 def assert_same(case: Case) -> None:
@@ -106,9 +107,9 @@ def assert_same(case: Case) -> None:
     # the neighbour: one step of e4m3, 2^-3, where nothing mixes. A flipped bf16 rounding of one
     # channel reaches all 128 index channels through the rotation, where it is below the FP8 step of
     # the largest: 2^-4 of the amax.
-    assert (got != expected).float().mean() < (2e-2 if case.dim == 128 else 5e-3)
+    assert (got != expected).float().mean() < either(2e-2 if case.dim == 128 else 5e-3, 3e-2)
     amax = expected.abs().amax(-1, keepdim=True)
-    assert ((got - expected).abs() <= 2**-3 * expected.abs() + 2**-8 * amax).all()
+    assert ((got - expected).abs() <= 2**-3 * expected.abs() + either(2**-8, 2**-7) * amax).all()
     untouched = torch.ones(cache.pages.shape[0], dtype=torch.bool)
     untouched[slots // (64 if case.ratio == 4 else 2)] = False
     assert (cache.pages[untouched] == 0xA5).all()
@@ -181,8 +182,7 @@ def test_ring_row_beyond_two_gigabytes():
     kept[-1] = row
     case.rows = dataclasses.replace(case.rows, ring_write_row=kept)
     cos, sin = rotation(case.rows.position, FREQUENCIES)
-    kernel = compress.implementations["triton"].load()
-    kernel(
+    kernel(compress)(
         case.projected,
         case.ring,
         case.rows,

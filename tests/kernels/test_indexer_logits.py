@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from batches import Tables
+from devices import either, interpreted_only, kernel
 
 from dsv4_plugin.cache import PackedIndexCache, index_page_bytes
 from dsv4_plugin.kernels.triton import indexer_logits as kernels
@@ -37,19 +38,20 @@ def make_case(prefix_lens: list[int], counts: list[int], heads: int = 16, seed: 
 
 def assert_same(case: tuple) -> None:
     got, want = (
-        indexer_logits.implementations["triton"].load()(*case),
+        kernel(indexer_logits)(*case),
         indexer_logits.reference(*case),
     )
     assert got.shape == want.shape
     seen = want > float("-inf")
     # Products of e4m3 are exact in fp32; n·128 of them are summed in another order: n·128·2^-24 of
     # the sum of magnitudes, of which the largest logit is a fair part.
-    tolerance = (
-        case[0].shape[1] * 128 * 2.0**-24 * want[seen].abs().max().item() if seen.any() else 0.0
-    )
+    # Hopper's FP8 products accumulate in 14 bits, 2^-13 of the largest partial sum.
+    step = either(case[0].shape[1] * 128 * 2.0**-24, 2.0**-11)
+    tolerance = step * want[seen].abs().max().item() if seen.any() else 0.0
     torch.testing.assert_close(got[seen], want[seen], rtol=0, atol=tolerance)
 
 
+@interpreted_only
 @pytest.mark.parametrize("heads, queries", [(16, 1), (64, 2), (16, 4), (5, 2)])
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 def test_matches_reference(batch, heads, queries, monkeypatch):
@@ -75,6 +77,7 @@ def test_blocks_of_rows_give_the_whole(block, monkeypatch):
         assert_same(part)
 
 
+@interpreted_only
 def test_fnuz_reading_of_the_same_bytes(monkeypatch):
     """gfx942 multiplies FNUZ numbers: half the value for the same byte, and NaN for that of -0."""
     monkeypatch.setattr(kernels, "is_fnuz", lambda: True)
@@ -105,7 +108,7 @@ def test_longest_sequence_costs_nothing():
     q, weights, cache, plan = make_case(*BATCHES["decode"])
     table = torch.nn.functional.pad(plan.page_table, (0, 40), value=1 << 40)  # a page no pool has
     long = dataclasses.replace(plan, max_seq_len=plan.max_seq_len + 40 * 256, page_table=table)
-    got = indexer_logits.implementations["triton"].load()(q, weights, cache, long)
+    got = kernel(indexer_logits)(q, weights, cache, long)
     want = indexer_logits.reference(q, weights, cache, plan)
     seen = want > float("-inf")
     assert got.shape[1] == long.max_seq_len // 4
@@ -117,7 +120,7 @@ def test_longest_sequence_costs_nothing():
 def test_nothing_visible_and_no_rows():
     assert_same(make_case([0, 1], [1, 1]))
     q, weights, cache, plan = make_case([], [])
-    assert indexer_logits.implementations["triton"].load()(q, weights, cache, plan).shape == (0, 0)
+    assert kernel(indexer_logits)(q, weights, cache, plan).shape == (0, 0)
 
 
 def test_page_beyond_two_gigabytes():
@@ -127,6 +130,6 @@ def test_page_beyond_two_gigabytes():
     pages = torch.empty(page + 1, index_page_bytes(), dtype=torch.uint8)
     pages[page] = cache.pages[plan.page_table[0, 0]]
     far = dataclasses.replace(plan, page_table=torch.full_like(plan.page_table, page))
-    got = indexer_logits.implementations["triton"].load()(q, weights, PackedIndexCache(pages), far)
-    near = indexer_logits.implementations["triton"].load()(q, weights, cache, plan)
+    got = kernel(indexer_logits)(q, weights, PackedIndexCache(pages), far)
+    near = kernel(indexer_logits)(q, weights, cache, plan)
     assert torch.equal(got, near)

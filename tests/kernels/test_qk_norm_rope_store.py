@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import either, kernel
 
 from dsv4_plugin.cache import PackedLatentCache, latent_page_bytes
 from dsv4_plugin.ops import qk_norm_rope_store
@@ -33,7 +34,7 @@ def make_inputs(tokens: int, heads: int, seed: int = 0, scale: float = 3.0) -> t
 def run_both(inputs: tuple, slots: torch.Tensor, pages: int, slots_per_page: int):
     """((queries, cache) of the kernel, of the reference)."""
     results = []
-    for run in (qk_norm_rope_store.implementations["triton"].load(), qk_norm_rope_store.reference):
+    for run in (kernel(qk_norm_rope_store), qk_norm_rope_store.reference):
         cache = make_cache(pages, slots_per_page)
         results.append((run(*inputs, slots, cache), cache))
     return results
@@ -48,7 +49,7 @@ def assert_same_but_for_rounding(got: torch.Tensor, want: torch.Tensor, step: fl
     # The mean of squares is summed in another order, which moves the norm by some 1e-7: a value
     # that lies that close to the border of two representable ones rounds to the other, one step
     # away.
-    assert (got != want).float().mean() < 2e-3
+    assert (got != want).float().mean() < either(2e-3, 5e-3)
     # Where e4m3 is subnormal its step is scale / 512, below 2^-16 of the largest value of the
     # block.
     torch.testing.assert_close(
@@ -65,7 +66,9 @@ def test_matches_reference(tokens, heads, slots_per_page):
     (q, cache), (want_q, want) = run_both(make_inputs(tokens, heads), slots, 3, slots_per_page)
     assert_same_but_for_rounding(q, want_q, BF16_STEP)
     assert_same_but_for_rounding(everything(cache), everything(want), FP8_STEP)
-    assert (cache.pages != want.pages).float().mean() < 2e-3  # nothing beside the slots is touched
+    assert (cache.pages != want.pages).float().mean() < either(
+        2e-3, 5e-3
+    )  # nothing beside the slots is touched
 
 
 def test_no_rows_touch_nothing():
@@ -109,7 +112,7 @@ def test_slot_beyond_two_gigabytes():
     page = (1 << 31) // page_bytes + 3
     # touched pages only become resident
     pages = torch.empty(page + 1, page_bytes, dtype=torch.uint8)
-    run = qk_norm_rope_store.implementations["triton"].load()
+    run = kernel(qk_norm_rope_store)
     inputs = make_inputs(1, 1)
     run(*inputs, torch.tensor([page * 256 + 7]), PackedLatentCache(pages, 256))
     (_, small), _ = run_both(inputs, torch.tensor([7]), 1, 256)

@@ -1,9 +1,10 @@
-"""sparse_mla interpreted on the CPU against its reference."""
+"""sparse_mla against its reference: interpreted on the CPU, or on the GPU that is there."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from devices import INTERPRETED, interpreted_only, kernel
 from gluon_on_torch import launcher
 
 from dsv4_plugin.cache.layout import latent_page_bytes
@@ -106,13 +107,16 @@ def finite_reference(arguments: tuple) -> torch.Tensor:
 def splits(request, monkeypatch) -> int:
     """Each test runs in a single pass and with a token's tiles split over programs, by tiles as
     GPUs have them."""
-    monkeypatch.setattr(triton, "_TILE_TABLE", [("cpu", 128, triton.Tile(16, 32, 1, 1))])
+    if INTERPRETED:
+        monkeypatch.setattr(triton, "_TILE_TABLE", [("cpu", 128, triton.Tile(16, 32, 1, 1))])
     monkeypatch.setattr(triton, "split_count", lambda *shape: request.param)
     return request.param
 
 
 def implementation(name: str, monkeypatch: pytest.MonkeyPatch):
     """The operator by one kernel."""
+    if not INTERPRETED:
+        return kernel(sparse_mla, name)
     monkeypatch.setattr(gluon, "_attend", launcher(gluon._attend))
     return {"triton": triton, "gluon": gluon}[name].sparse_mla
 
@@ -121,13 +125,14 @@ def implementation(name: str, monkeypatch: pytest.MonkeyPatch):
 def check(request, splits, monkeypatch):
     """Compares an implementation with the reference."""
     run = implementation(request.param, monkeypatch)
+    kind = request.param if INTERPRETED else "gluon"  # where bf16 is multiplied as such
 
     def compare(arguments: tuple, **tolerance: float) -> None:
         expected = finite_reference(arguments)
         assert torch.isfinite(expected).all()
         got = run(*arguments)
         assert got.dtype == torch.bfloat16
-        torch.testing.assert_close(got.float(), expected, **(tolerance or TOLERANCE[request.param]))
+        torch.testing.assert_close(got.float(), expected, **(tolerance or TOLERANCE[kind]))
 
     return compare
 
@@ -193,6 +198,7 @@ def test_pairs_turn_back_by_their_position_and_are_rounded_once(name, splits, mo
     torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=2e-6)
 
 
+@interpreted_only
 @pytest.mark.parametrize("run", [triton.sparse_mla, gluon.sparse_mla], ids=["triton", "gluon"])
 def test_no_rows(run):
     q, *rest = case(16, [128], [8], 32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from batches import Tables
+from devices import kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ def assert_same(logits: torch.Tensor, visible: list[int], topk: int) -> None:
     """Logits that a row does not see are poisoned with inf, the largest there is."""
     seen = torch.tensor(visible, dtype=torch.int64)
     poisoned = logits.masked_fill(torch.arange(logits.shape[1]) >= seen.unsqueeze(-1), float("inf"))
-    got = topk_select.implementations["triton"].load()(poisoned, seen, topk)
+    got = kernel(topk_select)(poisoned, seen, topk)
     assert torch.equal(got, topk_select.reference(logits, seen, topk))
 
 
@@ -71,9 +72,7 @@ def test_nan_is_past_infinity():
     nan = torch.where(highest, 0x7FC00000, -1).to(torch.int32).view(torch.float32)
     seen = torch.tensor([400, 90])
     for topk in (20, 300, 390):
-        got = topk_select.implementations["triton"].load()(
-            torch.where(highest | lowest, nan, logits), seen, topk
-        )
+        got = kernel(topk_select)(torch.where(highest | lowest, nan, logits), seen, topk)
         want = logits.masked_fill(highest, float("inf")).masked_fill(lowest, float("-inf"))
         assert torch.equal(got, topk_select.reference(want, seen, topk))
 
@@ -109,7 +108,7 @@ def test_longest_context():
 
 
 def test_nothing_and_no_rows():
-    run = topk_select.implementations["triton"].load()
+    run = kernel(topk_select)
     assert run(torch.empty(0, 100), torch.empty(0, dtype=torch.int64), 10).shape == (0, 10)
     assert run(torch.empty(2, 0), torch.zeros(2, dtype=torch.int64), 10).shape == (2, 0)
 
@@ -138,7 +137,7 @@ def test_slots_of_a_plan(chunk, monkeypatch):
     prefix, counts = [2000, 3], [3, 2]
     plan = build_step_plan.reference(**Tables(2, 2100).arguments(prefix, counts))
     logits, seen = normal(5, plan.max_seq_len // 4), plan.visible(4)
-    got = topk_select.implementations["triton"].load()(logits, seen, 64, plan)
+    got = kernel(topk_select)(logits, seen, 64, plan)
     assert torch.equal(got, topk_select.reference(logits, seen, 64, plan))
     numbers = topk_select.reference(logits, seen, 64)
     for row, request in enumerate(plan.request.tolist()):
