@@ -1,4 +1,5 @@
 # make test     lint, then all tests, on a CPU, with the real host
+# make test-all these, and longer ones: 3,000 requests drawn at random against one server
 # make lint     format and the linter's rules (pyproject.toml, [tool.ruff]); `ruff format .` formats
 # make demo     the trained tiny checkpoint, the real server, facts recalled from a long text
 # make install  .venv with this package, SGLang and the test tools; done once, again when pyproject.toml changes
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.dsv4-installed
 
-.PHONY: install lint test demo
+.PHONY: install lint test test-all demo
 
 install: $(INSTALLED)
 
@@ -30,6 +31,10 @@ lint: install
 test: lint
 	$(PYTEST) $(ARGS)
 	$(PYTEST) tests/kernels $(ARGS)
+
+test-all: test
+	$(BIN)/python -m pytest -m thorough $(ARGS)
+	$(BIN)/python -m pytest tests/host/test_api.py -k every_request --hypothesis-profile thorough
 
 demo: install
 	$(BIN)/python examples/demo.py $(ARGS)

@@ -7,6 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# `--hypothesis-profile thorough`, for `make test-all`
+settings.register_profile("thorough", max_examples=3000)
 
 DATA = Path(__file__).parent / "data"
 

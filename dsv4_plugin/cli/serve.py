@@ -16,6 +16,11 @@ CPU_POOL_TOKENS = 16384
 minute; a tenth of it holds the sliding windows, and below 1024 slots there the host admits
 nothing."""
 
+PARSERS = {"--reasoning-parser": "deepseek-v4", "--tool-call-parser": "deepseekv4"}
+"""SGLang's parsers of this model's thoughts and tool calls; without them both are plain text of the
+answer."""
+NO_PARSER = "none"
+
 CPU_SPIN_COUNT = 1000
 """Rounds that a thread spins for the others before it sleeps. libgomp's 300,000 outlast a time
 slice, so that one busy process beside the server makes it ten times slower
@@ -62,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from .. import flags
     from ..host import launch, version
+    from ..ops import operator
 
     flags.check()
     if not flags.enabled("DSV4_PLUGIN"):
@@ -70,20 +76,22 @@ def run(arguments: argparse.Namespace) -> int:
             "or start the stock server with python -m sglang.launch_server"
         )
     version.check()
+    launch.check_port(arguments.host, arguments.port)
+    launch.check_words(arguments.model, arguments.other)
+    if not arguments.cpu:
+        launch.check_device(arguments.other)
     if launch.is_hub_name(arguments.model):
-        print(
-            f"dsv4 serve: {arguments.model} is no directory here; SGLang looks for it on the"
-            " Hugging Face hub"
-        )
+        launch.check_hub_name(arguments.model)
+        print(f"dsv4 serve: {arguments.model} is a name on the Hugging Face hub")
     else:
         launch.check_checkpoint(arguments.model, arguments.tp, arguments.ep)
         for line in memory_lines(arguments):
             print(f"dsv4 serve: {line}")
-    launch.check_port(arguments.host, arguments.port)
     environment, added = choices(arguments)
     for name, value in environment.items():
         print(f"dsv4 serve: {name}={value}")
         os.environ[name] = value
+    operator.configure()
     if added:
         print(f"dsv4 serve: {' '.join(added)}", flush=True)
     launch.start_server(
@@ -99,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
             "--ep-size",
             str(arguments.ep),
             *added,
-            *arguments.other,
+            *_without_parsers(arguments.other),
         ]
     )
     return 0
@@ -109,15 +117,17 @@ def choices(arguments: argparse.Namespace) -> tuple[dict[str, str], list[str]]:
     """What this command sets where the user did not: environment variables, and arguments of the
     host."""
     environment = {} if "DSV4_STRICT" in os.environ else {"DSV4_STRICT": "1"}
+    given = {word.split("=")[0] for word in arguments.other}
+    added = [word for name, value in PARSERS.items() if name not in given for word in (name, value)]
     if not arguments.cpu:
-        return environment, []
+        return environment, added
     environment["DSV4_DEVICE"] = "cpu"
     if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
         environment["GOMP_SPINCOUNT"] = str(CPU_SPIN_COUNT)
     if arguments.tp > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = _cores_by_rank(arguments.tp)
-    added = ["--device", "cpu", "--sleep-on-idle"]
-    if not any(word.split("=")[0] == "--max-total-tokens" for word in arguments.other):
+    added += ["--device", "cpu", "--sleep-on-idle"]
+    if "--max-total-tokens" not in given:
         added += ["--max-total-tokens", str(CPU_POOL_TOKENS)]
     return environment, added
 
@@ -173,6 +183,17 @@ def _host_options(words: list[str]) -> argparse.Namespace:
         return parser.parse_known_args(words)[0]
     except argparse.ArgumentError:  # the host says what is wrong with it
         return parser.parse_known_args([])[0]
+
+
+def _without_parsers(words: list[str]) -> list[str]:
+    """`words` without the parsers that the user chose to be "none", which SGLang cannot be told."""
+    kept: list[str] = []
+    for word in words:
+        if kept and kept[-1] in PARSERS and word == NO_PARSER:
+            kept.pop()
+        elif word not in {f"{name}={NO_PARSER}" for name in PARSERS}:
+            kept.append(word)
+    return kept
 
 
 def _cores_by_rank(ranks: int) -> str:

@@ -7,51 +7,36 @@ in the main process.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import flags
+from .. import device, flags
 from ..checkpoint.files import CheckpointError, CheckpointFiles
 from ..config import ARCHITECTURE, ConfigError, DSpark, Geometry
 from ..ops.operator import SelectionError, configure
 from ..parallel import Group, Parallel, ParallelError
-from .ledger import LedgerError, take, verify
+from . import options
+from .ledger import LedgerError, verify
+from .lifetime import end_children, end_on_signals
 from .refusal import refuse
 
 logger = logging.getLogger(__name__)
 
 
+_HUB_SECONDS = 10
+"""Time given to the Hugging Face hub to say whether it has a model."""
+
+
 class LaunchError(ValueError):
     """Arguments that this package cannot serve with."""
-
-
-_UNSUPPORTED = (
-    ("--pp-size", lambda cfg: cfg.pp_size > 1),
-    ("--attn-dp-size", lambda cfg: cfg.attn_dp_size > 1 or cfg.enable_dp_attention),
-    ("--attn-cp-size", lambda cfg: cfg.attn_cp_size > 1 or cfg.enable_prefill_cp),
-    ("--dcp-size", lambda cfg: cfg.dcp_size > 1),
-    ("--moe-dp-size", lambda cfg: cfg.moe_dp_size > 1),
-    ("--moe-a2a-backend", lambda cfg: cfg.moe_a2a_backend != "none"),
-    ("--enable-eplb", lambda cfg: cfg.enable_eplb),
-    ("--enable-two-batch-overlap", lambda cfg: cfg.enable_two_batch_overlap),
-    ("--enable-lora", lambda cfg: bool(cfg.enable_lora)),
-    ("--enable-hisparse", lambda cfg: cfg.enable_hisparse),
-    ("--enable-hierarchical-cache", lambda cfg: cfg.enable_hierarchical_cache),
-    ("--disaggregation-mode", lambda cfg: cfg.disaggregation_mode != "null"),
-    ("--speculative-algorithm", lambda cfg: cfg.speculative_algorithm is not None),
-    ("--dtype", lambda cfg: cfg.dtype not in ("auto", "bfloat16")),
-    ("--quantization", lambda cfg: cfg.quantization not in (None, "fp8")),
-    ("--kv-cache-dtype", lambda cfg: cfg.kv_cache_dtype not in ("auto", "fp8_e4m3")),
-    ("--json-model-override-args", lambda cfg: cfg.json_model_override_args not in ("", "{}")),
-)
-"""Arguments of the host that this package does not act on, and when they ask for something it does
-not do."""
 
 
 def is_hub_name(model_path: str) -> bool:
@@ -70,7 +55,10 @@ def check_checkpoint(model_path: str, tp_size: int = 1, ep_size: int = 1) -> Non
 
     Raises LaunchError, ConfigError, CheckpointError or ParallelError.
     """
-    if tp_size < 1 or ep_size < 1 or tp_size % ep_size:
+    for name, size in (("--tp-size", tp_size), ("--ep-size", ep_size)):
+        if size < 1:
+            raise LaunchError(f"{name} {size} is no number of processes; it must be at least 1")
+    if tp_size % ep_size:
         raise LaunchError(f"--ep-size {ep_size} does not divide --tp-size {tp_size}")
     geometry = Geometry.from_dir(model_path)
     attention, expert = Group(size=tp_size), Group(size=ep_size)
@@ -80,8 +68,43 @@ def check_checkpoint(model_path: str, tp_size: int = 1, ep_size: int = 1) -> Non
     CheckpointFiles(model_path).check(geometry)
 
 
+def check_hub_name(name: str) -> None:
+    """Raises LaunchError when `name` is neither in the cache of the Hugging Face hub nor on it."""
+    if os.environ.get("SGLANG_USE_MODELSCOPE", "0").lower() in ("1", "true"):
+        return
+    import huggingface_hub
+
+    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=_HUB_SECONDS)
+    except Exception as error:  # of the hub's library and of the HTTP library below it
+        raise LaunchError(
+            f"there is no directory {name} here, and the Hugging Face hub does not give a model of"
+            f" that name ({_first_line(error)}); give the checkpoint's directory"
+        ) from None
+
+
+def check_words(model_path: str, words: Sequence[str]) -> None:
+    """Raises LaunchError for the first of the host's options among `words` that this package cannot
+    serve `model_path` with."""
+    _check_options(model_path, options.given(words))
+
+
+def check_device(words: Sequence[str]) -> None:
+    """Raises LaunchError when neither `words`, arguments of the host, name a device nor a GPU is
+    visible."""
+    if device.arch() == device.CPU and "--device" not in {word.split("=")[0] for word in words}:
+        raise LaunchError(
+            "there is no GPU here; `dsv4 serve MODEL --cpu` serves on the CPU, and `dsv4 doctor`"
+            " says what is missing where there should be one"
+        )
+
+
 def check_port(host: str, port: int) -> None:
     """Raises LaunchError when `port` cannot be bound on `host`."""
+    if not 1 <= port <= 65535:
+        raise LaunchError(f"{port} is no port to serve on; give one from 1 to 65535 with --port")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM
@@ -96,21 +119,26 @@ def check_port(host: str, port: int) -> None:
         ) from None
 
 
+def _check_options(model_path: str, cfg: Any) -> None:
+    if cfg.speculative_algorithm in ("EAGLE", "NEXTN") and _dspark(model_path):
+        raise LaunchError(
+            f"--speculative-algorithm {cfg.speculative_algorithm} drafts with an MTP block, and"
+            f" {model_path} holds a DSpark draft in its place: the host would draft with random"
+            " weights. Leave it out; this version serves the model without its draft"
+        )
+    for sentence in options.refusals(cfg):
+        raise LaunchError(sentence)
+
+
 def check_arguments(cfg: Any) -> None:
     """Raises LaunchError for the first of the host's resolved arguments that this package cannot
     serve with."""
-    if cfg.speculative_algorithm in ("EAGLE", "NEXTN") and _dspark(cfg.model_path):
+    _check_options(cfg.model_path, cfg)
+    if os.environ.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes", "y"):
         raise LaunchError(
-            f"--speculative-algorithm {cfg.speculative_algorithm} drafts with an MTP block, and"
-            f" {cfg.model_path} holds a DSpark draft in its place: the host would draft with random"
-            " weights. Leave it out; this version serves the model without its draft"
+            "SGLANG_RUST_SERVER takes requests in where they are not checked for this model; unset"
+            " it"
         )
-    for name, is_set in _UNSUPPORTED:
-        if is_set(cfg):
-            raise LaunchError(
-                f"{name} asks for what dsv4_plugin does not do. Leave it out, or set DSV4_PLUGIN=0"
-                " to serve with SGLang's own DeepSeek-V4"
-            )
     wanted = flags.read("DSV4_DEVICE")
     if (cfg.device == "cpu") != (wanted == "cpu"):
         raise LaunchError(
@@ -161,11 +189,11 @@ def resolve(server_args: Any, hf_config: Any) -> dict[str, Any]:
     """
     from sglang.srt.arg_groups.model_override_base import resolving_view
 
-    from .requests import DOOR
+    from .requests import check_requests
 
     cfg = resolving_view(server_args)
     try:
-        take([DOOR])
+        check_requests(server_args)
         verify("in the main process")
         check_arguments(cfg)
         configure()
@@ -191,14 +219,43 @@ def _on_gpu(cfg: Any) -> dict[str, Any]:
 
 def start_server(arguments: list[str]) -> None:
     """Runs the host's own server in this process with the arguments of its command line; returns
-    when it ends."""
+    when it ends.
+
+    Raises LaunchError for arguments that the host refuses before it starts a process. What was
+    started is ended, also when a signal ends this process.
+    """
+    end_on_signals()
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
 
     load_plugins()
     try:
-        run_server(prepare_server_args(arguments))
+        run_server(_server_args(arguments))
     finally:
-        kill_process_tree(os.getpid(), include_parent=False)
+        end_children()
+
+
+def _server_args(arguments: list[str]) -> Any:
+    """The host's record of its arguments, resolved and checked by the host. Raises LaunchError."""
+    from sglang.srt.server_args import prepare_server_args
+
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):  # the usage: hundreds of options
+            server_args = prepare_server_args(arguments)
+    except SystemExit as left:
+        if not left.code:  # --help
+            raise
+        said = printed.getvalue().strip().rpartition("error: ")[2]
+        raise LaunchError(f"SGLang does not understand its arguments: {said}") from None
+    sys.stderr.write(printed.getvalue())
+    try:
+        server_args.resolve_once()
+        server_args.check_server_args()
+    except Exception as error:  # asserts and errors of every kind: it has no class for these
+        raise LaunchError(f"SGLang refuses these arguments: {_first_line(error)}") from error
+    return server_args
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

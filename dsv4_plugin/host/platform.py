@@ -10,6 +10,7 @@ from __future__ import annotations
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+from torch.profiler import ProfilerActivity
 
 from .. import flags
 from .refusal import refuse
@@ -37,6 +38,12 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_device(self, device_id: int = 0) -> str:
         # The host compares the device with strings; a torch.device would compare unequal.
         return self.device_type
+
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> ProfilerActivity:
+        return ProfilerActivity.CPU
 
     def is_pin_memory_available(self, device=None) -> bool:
         return False

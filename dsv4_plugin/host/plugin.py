@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .. import flags
 from . import version
+from .lifetime import end_if_orphaned
 from .refusal import refuse
 
 
@@ -23,6 +24,7 @@ def register() -> None:
         flags.check()
         flags.adopt()
         version.check()
+        end_if_orphaned()
         from .ledger import take
         from .seams import seams
 

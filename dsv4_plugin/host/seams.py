@@ -1,11 +1,12 @@
-"""Every place where this package reaches into SGLang, one record each. That of the requests' door
-is in requests.py, that of the sampler in sampler.py."""
+"""Every place where this package reaches into SGLang, one record each. Those that check requests
+are in requests.py and control.py, that of the sampler in sampler.py."""
 
 from __future__ import annotations
 
 from sglang.srt.arg_groups import model_override_base, resolution_hooks
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.mem_cache import kv_cache_configurator
+from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.platforms import current_platform
 from sglang.srt.platforms.interface import reject_out_of_tree_path
@@ -16,6 +17,7 @@ from .launch import check_source, resolve
 from .ledger import Seam
 from .model import DeepseekV4ForCausalLM
 from .platform import CpuPlatform
+from .weight_update import update_weights_from_disk
 
 BACKEND = "dsv4"
 _SOURCE_STEP = "handle_model_source_paths"
@@ -77,6 +79,18 @@ SEAMS: tuple[Seam, ...] = (
         value=resolve,
         take=lambda value: model_override_base.register_model_override(ARCHITECTURE)(value),
         found=lambda: model_override_base._MODEL_OVERRIDE_FNS.get(ARCHITECTURE, ()),
+    ),
+    Seam(
+        target=(
+            "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+            ".update_weights_from_disk"
+        ),
+        why="weights of another model, or files that end early, never serve, not even in part",
+        remove="the host checks files before it loads them, and goes back to those it served",
+        test="tests/host/test_weight_update.py",
+        value=update_weights_from_disk,
+        take=lambda value: setattr(WeightUpdater, "update_weights_from_disk", value),
+        found=lambda: [WeightUpdater.update_weights_from_disk],
     ),
 )
 

@@ -30,10 +30,11 @@ def free_port() -> int:
 
 @dataclass
 class Server:
-    """A running server that takes and returns token ids."""
+    """A running server."""
 
     url: str
     log: Path
+    process: subprocess.Popen
 
     def request(self, path: str, body: dict | None = None, timeout: float = 120) -> dict:
         data = None if body is None else json.dumps(body).encode()
@@ -137,15 +138,18 @@ def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @contextmanager
-def serving(model: Path, log: Path, *arguments: str, **environment: str):
-    """A `Server` of `model` on the CPU, ready to answer; stopped when the context ends."""
+def serving(model: Path, log: Path, *arguments: str, tokenizer: bool = False, **environment: str):
+    """A `Server` of `model` on the CPU, ready to answer; stopped when the context ends.
+
+    Without `tokenizer` it takes and returns token ids.
+    """
     port = free_port()
     command = [
         str(DSV4),
         "serve",
         str(model),
         "--cpu",
-        "--skip-tokenizer-init",
+        *(() if tokenizer else ("--skip-tokenizer-init",)),
         "--port",
         str(port),
         *arguments,
@@ -161,7 +165,7 @@ def serving(model: Path, log: Path, *arguments: str, **environment: str):
             env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         )
     try:
-        server = Server(f"http://127.0.0.1:{port}", log)
+        server = Server(f"http://127.0.0.1:{port}", log, process)
         wait_until_ready(server, process)
         yield server
     finally:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from dsv4_plugin.cli import serve
-from dsv4_plugin.host import launch
+from dsv4_plugin.host import launch, options
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +25,9 @@ def server_args(golden_dir):
     [
         ("--pp-size", "pp_size", 2),
         ("--attn-dp-size", "attn_dp_size", 2),
-        ("--attn-dp-size", "enable_dp_attention", True),
+        ("--enable-dp-attention", "enable_dp_attention", True),
         ("--attn-cp-size", "attn_cp_size", 2),
-        ("--attn-cp-size", "enable_prefill_cp", True),
+        ("--enable-prefill-cp", "enable_prefill_cp", True),
         ("--dcp-size", "dcp_size", 2),
         ("--moe-dp-size", "moe_dp_size", 2),
         ("--moe-a2a-backend", "moe_a2a_backend", "deepep"),
@@ -41,6 +42,14 @@ def server_args(golden_dir):
         ("--quantization", "quantization", "awq"),
         ("--kv-cache-dtype", "kv_cache_dtype", "bfloat16"),
         ("--json-model-override-args", "json_model_override_args", '{"num_hidden_layers": 1}'),
+        ("--disable-hybrid-swa-memory", "disable_hybrid_swa_memory", True),
+        ("--model-impl", "model_impl", "transformers"),
+        ("--chunked-prefill-size", "chunked_prefill_size", 300),
+        ("--is-embedding", "is_embedding", True),
+        ("--load-format", "load_format", "npcache"),
+        ("--grpc-port", "grpc_port", 1),
+        ("--max-prefill-tokens", "max_prefill_tokens", 0),
+        ("--mem-fraction-static", "mem_fraction_static", 1.5),
     ],
 )
 def test_arguments_that_mean_nothing_here_are_refused(server_args, monkeypatch, name, field, value):
@@ -48,8 +57,48 @@ def test_arguments_that_mean_nothing_here_are_refused(server_args, monkeypatch, 
     launch.check_arguments(server_args)
     assert hasattr(server_args, field)
     monkeypatch.setattr(server_args, field, value)
-    with pytest.raises(launch.LaunchError, match=f"{name} asks for .*DSV4_PLUGIN=0"):
+    with pytest.raises(
+        launch.LaunchError, match=f"{name}.* (asks for .*DSV4_PLUGIN=0|cannot be served)"
+    ):
         launch.check_arguments(server_args)
+
+
+def test_every_option_of_the_table_is_one_of_the_host_and_its_default_is_served(server_args):
+    from dsv4_plugin.host.arguments import _parser
+
+    known = _parser()._option_string_actions
+    for option in options.OPTIONS:
+        assert {known[name].dest for name in option.names} == {option.field}
+        assert (known[option.name].nargs == 0) == (option.kind is bool), option.name
+        assert option.refusal(getattr(server_args, option.field)) is None, option.name
+    assert len({name for option in options.OPTIONS for name in option.names}) == sum(
+        len(option.names) for option in options.OPTIONS
+    )
+
+
+def test_the_document_shows_the_table():
+    text = (Path(__file__).parents[2] / "docs" / "host.md").read_text()
+    assert options.markdown() in text
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--enable-lora"], "--enable-lora asks"),
+        (["--dp-size=2"], "--dp-size 2 asks"),
+        (["--data-parallel-size", "2"], "--dp-size 2 asks"),
+        (["--chunked-prefill-size", "300"], "multiple of the page of 256"),
+        (["--model-impl", "transformers"], "--model-impl transformers"),
+    ],
+)
+def test_words_of_a_command_line_are_refused_before_the_host_reads_them(golden_dir, words, named):
+    with pytest.raises(launch.LaunchError, match=named):
+        launch.check_words(str(golden_dir), words)
+
+
+def test_words_that_are_fine_or_the_hosts_to_judge_pass(golden_dir):
+    words = ["--chunked-prefill-size", "512", "--max-total-tokens", "16k", "--dp-size", "x"]
+    launch.check_words(str(golden_dir), [*words, "--enable-metrics", "--dtype", "auto"])
 
 
 @pytest.mark.parametrize("algorithm", ["EAGLE", "NEXTN"])
@@ -73,6 +122,15 @@ def test_device_and_platform_must_agree(server_args, monkeypatch, device, wanted
     with pytest.raises(
         launch.LaunchError, match=f"the device is {device} while DSV4_DEVICE={wanted}"
     ):
+        launch.check_arguments(server_args)
+
+
+def test_requests_come_in_where_they_are_checked(server_args, monkeypatch):
+    monkeypatch.setenv("DSV4_DEVICE", "cpu")
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "0")
+    launch.check_arguments(server_args)
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    with pytest.raises(launch.LaunchError, match="SGLANG_RUST_SERVER.*unset it"):
         launch.check_arguments(server_args)
 
 
@@ -111,9 +169,10 @@ def chosen(*words: str):
 def test_choices_of_dsv4_serve(monkeypatch):
     for name in ("DSV4_STRICT", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "SGLANG_CPU_OMP_THREADS_BIND"):
         monkeypatch.delenv(name, raising=False)
-    assert chosen() == ({"DSV4_STRICT": "1"}, [])
+    parsers = ["--reasoning-parser", "deepseek-v4", "--tool-call-parser", "deepseekv4"]
+    assert chosen() == ({"DSV4_STRICT": "1"}, parsers)
     environment, added = chosen("--cpu")
-    assert environment["DSV4_DEVICE"] == "cpu" and added[:2] == ["--device", "cpu"]
+    assert environment["DSV4_DEVICE"] == "cpu" and added[:6] == [*parsers, "--device", "cpu"]
     assert environment["GOMP_SPINCOUNT"] == str(serve.CPU_SPIN_COUNT)
     assert added[added.index("--max-total-tokens") + 1] == str(serve.CPU_POOL_TOKENS)
     assert "SGLANG_CPU_OMP_THREADS_BIND" not in environment
@@ -125,6 +184,13 @@ def test_choices_give_way_to_the_user(monkeypatch):
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
     environment, added = chosen("--cpu", "--tp", "2", "--max-total-tokens=4096")
     assert environment == {"DSV4_DEVICE": "cpu"} and "--max-total-tokens" not in added
+
+
+def test_parsers_give_way_to_the_user():
+    assert chosen("--reasoning-parser", "qwen3")[1] == ["--tool-call-parser", "deepseekv4"]
+    words = ["--reasoning-parser", "none", "--tool-call-parser=none", "--enable-metrics"]
+    assert chosen(*words)[1] == []
+    assert serve._without_parsers(words) == ["--enable-metrics"]
 
 
 def test_ranks_share_the_cores(monkeypatch):

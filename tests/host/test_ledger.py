@@ -77,11 +77,12 @@ def ledger():
 
 
 def test_every_record_is_complete(ledger):
-    from dsv4_plugin.host.requests import DOOR
+    from dsv4_plugin.host.control import CONTROL_SEAMS
+    from dsv4_plugin.host.requests import REQUEST_SEAMS
     from dsv4_plugin.host.sampler import SAMPLER
     from dsv4_plugin.host.seams import CPU_SEAMS, SEAMS
 
-    for seam in (*SEAMS, *CPU_SEAMS, DOOR, SAMPLER):
+    for seam in (*SEAMS, *CPU_SEAMS, *REQUEST_SEAMS, *CONTROL_SEAMS, SAMPLER):
         assert seam.why and seam.remove and seam.versions
         assert seam.target.startswith("sglang.")
         assert (ROOT / seam.test).is_file(), seam.target

@@ -23,7 +23,9 @@ ENGINE_MEAN = 1e-3
 
 @pytest.fixture(scope="module")
 def server(golden_dir, tmp_path_factory):
-    with serving(golden_dir, tmp_path_factory.mktemp("server") / "log") as running:
+    """Requests come in at two processes of their own, which load no plugin by themselves."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(golden_dir, log, "--tokenizer-worker-num", "2") as running:
         yield running
 
 
@@ -58,11 +60,15 @@ def test_server_and_engine_agree(scored, golden_sequences, golden_dir, golden_ge
         assert (found - ours).abs().mean() < ENGINE_MEAN
 
 
-def test_an_id_outside_the_vocabulary_is_refused_and_harms_nobody(server, golden_geometry):
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        server.generate([5, golden_geometry.vocab_size])
-    assert refused.value.code == 400
-    assert f"token id {golden_geometry.vocab_size} is outside" in refused.value.read().decode()
+def test_what_ends_a_scheduler_is_refused_by_every_tokenizer_worker(server, golden_geometry):
+    for _ in range(20):  # the kernel hands each connection to one of the two
+        for ids, named in (
+            ([5, golden_geometry.vocab_size], f"token id {golden_geometry.vocab_size} is outside"),
+            ([], "holds no prompt"),
+        ):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                server.generate(ids)
+            assert refused.value.code == 400 and named in refused.value.read().decode()
     assert len(output_ids(server.generate([5, golden_geometry.vocab_size - 1], 3))) == 3
 
 

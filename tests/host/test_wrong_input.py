@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from live_server import launch
+from live_server import DSV4, READY_SECONDS, free_port, launch
 from safetensors.torch import load_file, save_file
 
-from dsv4_plugin import cli
+from dsv4_plugin import cli, device
 
 
 @pytest.fixture
@@ -112,6 +112,26 @@ def ep_divides_no_tp(checkpoint):
     return ["--tp", "2", "--ep", "4"], "--ep-size 4"
 
 
+def no_process(checkpoint):
+    return ["--tp", "0"], "--tp-size 0"
+
+
+def too_high_a_port(checkpoint):
+    return ["--port", "99999"], "99999 is no port"
+
+
+def any_port(checkpoint):
+    return ["--port", "0"], "0 is no port"
+
+
+def chunks_that_are_no_pages(checkpoint):
+    return ["--chunked-prefill-size", "300"], "--chunked-prefill-size 300"
+
+
+def windows_without_a_pool(checkpoint):
+    return ["--disable-hybrid-swa-memory"], "--disable-hybrid-swa-memory"
+
+
 SPOILED = [
     no_norm,
     extra_tensor,
@@ -126,6 +146,11 @@ SPOILED = [
     tp_divides_no_heads,
     tp_divides_no_groups,
     ep_divides_no_tp,
+    no_process,
+    too_high_a_port,
+    any_port,
+    chunks_that_are_no_pages,
+    windows_without_a_pool,
 ]
 
 
@@ -136,6 +161,47 @@ def test_dsv4_serve_refuses(spoil, checkpoint, capsys):
     assert status == 2
     error = capsys.readouterr().err
     assert error.startswith("dsv4: error: ") and error.count("\n") == 1 and named in error
+
+
+def test_dsv4_serve_says_how_to_serve_without_a_gpu(golden_dir, capsys, monkeypatch):
+    monkeypatch.setattr(device, "arch", lambda: device.CPU)
+    assert cli.main(["serve", str(golden_dir)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no GPU" in error and "--cpu" in error
+
+
+def test_dsv4_serve_refuses_a_name_that_is_nowhere(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert cli.main(["serve", "nosuch/model", "--cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no directory nosuch/model here" in error
+
+
+def test_dsv4_serve_refuses_a_switch_that_cannot_run(golden_dir, capsys, monkeypatch):
+    for name in ("DSV4_DEVICE", "DSV4_STRICT", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # set by the command, and taken back after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("DSV4_SPARSE_MLA", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(device, "arch", lambda: device.CPU)
+    assert cli.main(["serve", str(golden_dir), "--cpu"]) == 2
+    assert "DSV4_SPARSE_MLA=triton cannot run here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--nosuch"], "unrecognized arguments: --nosuch"),
+        (["--swa-full-tokens-ratio", "7"], "--swa-full-tokens-ratio should be in range"),
+    ],
+)
+def test_what_the_host_refuses_is_one_line(golden_dir, words, named):
+    command = [str(DSV4), "serve", str(golden_dir), "--cpu", "--port", str(free_port()), *words]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=READY_SECONDS)
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr
+    lines = [line for line in ran.stderr.splitlines() if line.startswith("dsv4: error: ")]
+    assert len(lines) == 1 and named in lines[0]
 
 
 def test_dsv4_serve_refuses_a_port_in_use(golden_dir, capsys):
