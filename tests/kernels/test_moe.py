@@ -81,8 +81,9 @@ def test_matches_unrounded_experts(form, unrounded, tiles):
 
 
 @pytest.mark.parametrize("form", ["fp4", "fp8", "bf16"])
-@pytest.mark.parametrize("inner, hidden", [(96, 128), (320, 384)])
-@pytest.mark.parametrize("shape", [FEW, MANY], ids=["few", "many"])
+@pytest.mark.parametrize(
+    "inner, hidden, shape", [(96, 128, FEW), (320, 384, MANY)], ids=["few", "many"]
+)
 def test_odd_sizes(form, inner, hidden, shape, tiles):
     """Intermediate sizes that are no multiple of 128, 64 or a tile: nothing past them counts."""
     tiles(shape)
@@ -114,7 +115,7 @@ def test_activations_that_reach_the_clamp():
 
 def test_six_of_384_experts_and_one_that_takes_all(tiles):
     tiles(FEW)
-    x, weights, _ = make_inputs(18, 384, 128)
+    x, weights, _ = make_inputs(4, 384, 128)
     weights = torch.cat((weights, weights), 1)
     numbers = [3, 5, 7, 200, 250, 383]
     parts = matrices(6, 64, 128, "fp4")
@@ -123,10 +124,10 @@ def test_six_of_384_experts_and_one_that_takes_all(tiles):
         place[numbers] = as_bytes(part)
     spread = [place.view(part.dtype) for place, part in zip(spread, parts)]
     for chosen in (numbers, [7] * 6):
-        chosen = torch.tensor(chosen).expand(18, -1).contiguous()
+        chosen = torch.tensor(chosen).expand(4, -1).contiguous()
         few = torch.tensor([numbers.index(number) for number in chosen[0].tolist()])
         got = triton(x, weights, chosen, *spread, LIMIT)
-        want = rounded_alike(x, weights, few.expand(18, -1), parts, rounded=True)
+        want = rounded_alike(x, weights, few.expand(4, -1), parts, rounded=True)
         assert row_error(got, want) < TWO_CODES
 
 
@@ -175,12 +176,13 @@ def test_no_rows():
 
 
 @pytest.mark.parametrize("form", ["fp4", "fp8", "bf16"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("shape", [FEW, MANY], ids=["few", "many"])
+@pytest.mark.parametrize(
+    "value, shape", [(float("nan"), MANY), (float("inf"), FEW)], ids=["nan", "inf"]
+)
 def test_what_is_no_number_stays_in_its_row(form, value, shape, tiles):
     tiles(shape)
-    x, *rest = make_inputs(6, 4, 256)
-    parts = matrices(4, 128, 256, form)
+    x, *rest = make_inputs(6, 3, 256)
+    parts = matrices(3, 128, 256, form)
     want = triton(x, *rest, *parts, LIMIT)
     x[2, 77] = value
     got = triton(x, *rest, *parts, LIMIT)

@@ -2,7 +2,7 @@
 expert."""
 
 import torch
-from registry import Case, Units
+from registry import ARCHS, Case, Units
 
 from dsv4_plugin.kernels.triton.moe import moe
 
@@ -61,12 +61,21 @@ SHAPES = [
     ("decode-64/bf16", 64, 4096, 2048, 256, "bf16"),
     ("prefill-8192/bf16", 8192, 4096, 2048, 256, "bf16"),
 ]
+EVERYWHERE = {
+    "decode-64/pro-tp8",
+    "prefill-8192/pro-tp8",
+    "decode-64/base",
+    "prefill-8192/base",
+    "prefill-8192/bf16",
+}
+"""Other chips have two tiles a form."""
 CASES = [
     Case(
         name,
         lambda a=shape: _launch(*a),
         matrix={kernel: RATE[shape[-1]] for kernel in PRODUCTS},
         workgroups={kernel: 2 for kernel in PRODUCTS},
+        archs=ARCHS if name in EVERYWHERE else ("gfx950",),
         # of bf16 LLVM joins two passes into one
         units={"gate_up_kernel": units} if shape[-1] != "bf16" else {},
     )
