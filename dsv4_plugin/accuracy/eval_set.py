@@ -26,6 +26,8 @@ BLOCK = 128
 understate the error."""
 WORST = 1000.0
 """Nats of a token whose probability is 0 or no number: a loss stays a number, and a bad one."""
+ANCHOR_EVERY = 32
+"""Tokens of unseen text between two blocks that a DSpark draft is asked for."""
 NORMAL = statistics.NormalDist().inv_cdf(0.975)
 """Standard errors on each side of a 95 % interval."""
 
@@ -108,6 +110,9 @@ class Measured:
     """Log-probabilities fp32 [T, vocab] of every token of each window of unseen text."""
     things: Mapping[int, Tensor]
     """Log-probabilities fp32 [trials, vocab] of each thing's first token, by distance."""
+    accepted_length: Score | None = None
+    """Tokens that a verification gives, the one after the drafts included, by place in the unseen
+    text; None without a DSpark draft."""
 
     @property
     def tokens(self) -> int:
@@ -197,7 +202,7 @@ def measure(engine: Engine, eval_set: EvalSet) -> Measured:
         blocks |= _blocks(
             number, F.nll_loss(predictions[-1], torch.tensor(window[1:]), reduction="none")
         )
-        if engine.model.mtp:
+        if engine.model.mtp and not engine.model.geometry.dspark:
             # The last row of a draft was given no next token.
             same = engine.score_draft(ids, _chunks(ids)).argmax(-1)[:-1] == logits.argmax(-1)[1:]
             accepted, drafted = accepted + int(same.sum()), drafted + same.numel()
@@ -207,7 +212,34 @@ def measure(engine: Engine, eval_set: EvalSet) -> Measured:
         Share(accepted, drafted) if drafted else None,
         tuple(predictions),
         things,
+        accepted_length(engine, eval_set) if engine.model.geometry.dspark else None,
     )
+
+
+def accepted_length(engine: Engine, eval_set: EvalSet) -> Score:
+    """Asks the DSpark draft of an engine for a block every ANCHOR_EVERY tokens of unseen text, and
+    has it verified greedily.
+
+    Each block starts from the text, so every setting is asked the same. The engine must have been
+    made with `verify_rows` of the block's size and one.
+    """
+    import torch
+
+    from ..runtime.speculate import Continuation, DSparkDraft, Sampling, Speculation
+
+    speculation = Speculation(engine, DSparkDraft(engine), Sampling())
+    items = {}
+    with torch.inference_mode():
+        for number, window in enumerate(eval_set.windows):
+            sequence = engine.open()
+            for place in range(ANCHOR_EVERY, len(window), ANCHOR_EVERY):
+                speculation.read(sequence, list(window[sequence.length : place]))
+                out = Continuation([window[place]])
+                speculation.step([(sequence, out)])
+                engine.cut(sequence, place)
+                items[f"window {number}, token {place}"] = 1.0 + out.accepted[0]
+            engine.close(sequence)
+    return Score("unseen text", "tokens per verification", items)
 
 
 def divergence(measured: Measured, reference: Measured) -> Score:

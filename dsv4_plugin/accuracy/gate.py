@@ -7,7 +7,7 @@ import contextlib
 import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,11 @@ MARGINS = {
         0.05,
         "below exact; a draft costs speed, never a wrong token, but a broken MTP block accepts"
         " nearly nothing",
+    ),
+    "accepted length": Margin(
+        0.15,
+        "tokens per verification below exact, at the same places; rounding tips single drafts, a"
+        " broken DSpark draft loses what it had above 1",
     ),
 }
 """`recall` at distances that were trained, `recall beyond` at longer ones; the others are
@@ -248,9 +253,11 @@ def load_engine(
     from ..model import DeepseekV4
     from ..runtime import Engine
 
-    model = DeepseekV4(Geometry.from_dir(directory), precision, device=device)
+    geometry = Geometry.from_dir(directory)
+    model = DeepseekV4(geometry, precision, device=device)
     load_checkpoint(model, directory)
-    return Engine(model, max_tokens=max_tokens, max_requests=1)
+    rows = geometry.dspark.block_size + 1 if geometry.dspark else 1
+    return Engine(model, max_tokens=max_tokens + rows, max_requests=1, verify_rows=rows)
 
 
 def run_gate(
@@ -343,6 +350,18 @@ def judge(
         yield _share(
             setting, "drafts accepted", measured.acceptance, least, margin.why if reference else ""
         )
+    if measured.accepted_length is not None:
+        yield _accepted_length(setting, measured.accepted_length, reference)
+
+
+def _accepted_length(setting: str, found: Score, reference: Measured | None) -> Row:
+    margin = MARGINS["accepted length"]
+    half, count = NORMAL * (found.stderr or 0.0), len(found.items)
+    row = Row(setting, "accepted length", found.mean, found.mean - half, found.mean + half, count)
+    if reference is None:
+        return row
+    difference(found, reference.accepted_length)  # refuses other places
+    return replace(row, least=reference.accepted_length.mean - margin.limit, why=margin.why)
 
 
 def _nats(

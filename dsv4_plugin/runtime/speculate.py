@@ -142,7 +142,7 @@ class Speculation:
             while open_ := [
                 pair for pair in zip(sequences, out) if len(pair[1].tokens) < max_new_tokens
             ]:
-                self._step(open_)
+                self.step(open_)
         finally:
             for sequence in sequences:
                 self.engine.close(sequence)
@@ -169,17 +169,24 @@ class Speculation:
         return accept_sampled(drafted, self._drawn_from(drawn), self._law(logits), self.generator)
 
     def _prefill(self, sequence: Sequence, prompt: list[int], chunk: int) -> int:
-        engine, first = self.engine, 0
-        for start in range(0, len(prompt), chunk):
-            part = prompt[start : start + chunk]
-            plan = engine.plan([(sequence, len(part))])
-            streams, taps = self._forward(plan, engine.ids(part))
-            if start + chunk >= len(prompt):
-                first = int(self._pick(engine.logits(streams[-1:]), self._law))
-            following = engine.ids([*prompt[start + 1 : start + len(part) + 1], first])
-            kept = torch.ones_like(plan.position, dtype=torch.bool)
-            self.draft.observe(Seen([sequence], plan, following[: len(part)], streams, taps, kept))
-        return first
+        """Reads the prompt; the token that follows it."""
+        parts = [prompt[start : start + chunk] for start in range(0, len(prompt), chunk)]
+        for part, following in zip(parts, parts[1:]):
+            self.read(sequence, part, following[0])
+        return self.read(sequence, parts[-1])
+
+    def read(self, sequence: Sequence, tokens: list[int], following: int | None = None) -> int:
+        """Adds `tokens` to a sequence and shows them to the draft; `following`, or else the token
+        that is picked after them, is returned."""
+        engine = self.engine
+        plan = engine.plan([(sequence, len(tokens))])
+        streams, taps = self._forward(plan, engine.ids(tokens))
+        if following is None:
+            following = int(self._pick(engine.logits(streams[-1:]), self._law))
+        next_ids = engine.ids([*tokens[1:], following])
+        kept = torch.ones_like(plan.position, dtype=torch.bool)
+        self.draft.observe(Seen([sequence], plan, next_ids, streams, taps, kept))
+        return following
 
     def _forward(self, plan: StepPlan, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """(streams, taps) of a step."""
@@ -190,7 +197,7 @@ class Speculation:
         streams = model(ids, plan, self.engine.caches, taps)
         return streams, torch.cat(taps, -1)
 
-    def _step(self, batch: list[tuple[Sequence, Continuation]]) -> None:
+    def step(self, batch: list[tuple[Sequence, Continuation]]) -> None:
         """Proposes and verifies once for every sequence of `batch`."""
         engine, rows = self.engine, self.draft.width + 1
         sequences = [sequence for sequence, _ in batch]

@@ -109,7 +109,7 @@ def _entries(compressor: Compressor, x: Tensor, rotation_rows: tuple[Tensor, Ten
     return apply_rope(entries.flatten(0, 1), cos, sin).view_as(entries)
 
 
-def _round_latent(latent: Tensor) -> Tensor:
+def round_latent(latent: Tensor) -> Tensor:
     nope = latent[..., :448]
     return torch.cat(
         (straight_through(nope, round_to_fp8(nope.detach(), 64)), latent[..., 448:]), -1
@@ -160,8 +160,8 @@ class BlockAttention(Attention):
             entries = _entries(self.compressor, rows, lesson.rotations[self.ratio])
             mask = _visible(length, self.ratio).expand(batch, -1, -1)
         if lesson.rounding:
-            latents = _round_latent(latents)
-            entries = None if entries is None else _round_latent(entries)
+            latents = round_latent(latents)
+            entries = None if entries is None else round_latent(entries)
         if self.ratio == 4:
             logits = _index_logits(self.indexer, rows, low, lesson).masked_fill(
                 ~mask, float("-inf")

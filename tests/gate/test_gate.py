@@ -23,6 +23,7 @@ from dsv4_plugin.accuracy.eval_set import (
     Measured,
     Share,
     _recalled,
+    accepted_length,
     build_eval_set,
     divergence,
     measure,
@@ -31,6 +32,7 @@ from dsv4_plugin.accuracy.score import EvalError, Score
 from dsv4_plugin.cli import main
 from dsv4_plugin.config import Precision
 from dsv4_plugin.ops.operator import OPERATORS, SelectionError
+from dsv4_plugin.runtime.speculate import DSparkDraft, Sampling, Speculation
 
 from .faults import FAULTS, changed
 
@@ -50,6 +52,61 @@ def engine(random_dir, eval_set):
 @pytest.fixture(scope="module")
 def measured(engine, eval_set):
     return measure(engine, eval_set)
+
+
+@pytest.fixture(scope="module")
+def drafting_dir(dspark_dir, random_dir, tmp_path_factory):
+    """A checkpoint with a DSpark draft of random weights and the same tokenizer and text."""
+    directory = shutil.copytree(dspark_dir, tmp_path_factory.mktemp("gate") / "dspark")
+    shutil.copy(random_dir / "held_out.txt", directory)
+    return directory
+
+
+class TestAcceptedLength:
+    def test_is_what_decoding_says(self, drafting_dir, eval_set):
+        """The drafts at a place against tokens decoded from there without a draft."""
+        engine = gate.load_engine(drafting_dir, Precision.EXACT, "cpu", eval_set.longest)
+        found = accepted_length(engine, eval_set)
+        # 129 tokens a window, a block after every 32.
+        places = (32, 64, 96, 128)
+        assert list(found.items) == [f"window {n}, token {p}" for n in (0, 1) for p in places]
+        for number, window in enumerate(eval_set.windows):
+            for place in places:
+                plain = engine.generate([list(window[: place + 1])], 5)[0]
+                sequence = engine.open()
+                speculation = Speculation(engine, DSparkDraft(engine), Sampling())
+                with torch.inference_mode():
+                    speculation.read(sequence, list(window[:place]))
+                    engine.reserve([sequence], 6)
+                    drafted, _ = speculation.draft.propose(
+                        [sequence], torch.tensor([window[place]]), lambda x: x.argmax(-1)
+                    )
+                engine.close(sequence)
+                same = [a == b for a, b in zip(drafted[0].tolist(), plain)]
+                count = same.index(False) if False in same else 5
+                assert found.items[f"window {number}, token {place}"] == 1 + count
+
+    def test_has_a_margin(self, measured):
+        def row(lengths):
+            score = Score("unseen text", "tokens per verification", dict(enumerate(lengths)))
+            return dataclasses.replace(measured, accepted_length=score)
+
+        reference = row([3.0, 2.0, 4.0])
+        for lengths, passed in (([3.0, 2.0, 4.0], True), ([3.0, 1.0, 4.0], False)):
+            rows = list(gate.judge("s", row(lengths), reference))
+            assert [r.passed for r in rows if r.measure == "accepted length"] == [passed]
+        assert "accepted length" not in {r.measure for r in gate.judge("s", measured, measured)}
+
+    def test_the_command_measures_it(self, drafting_dir, capsys):
+        status, said = evaluate_in(
+            capsys, "--tiny", drafting_dir, "--quick", "--precision", "serving"
+        )
+        assert "accepted length" in said
+
+
+def evaluate_in(capsys, *words):
+    status = main(["eval", *map(str, words)])
+    return status, capsys.readouterr().out
 
 
 class TestShare:

@@ -281,7 +281,7 @@ def test_sampled_tokens_follow_the_targets_law(model):
     for _ in range(repeats):
         out = [Continuation(prompt[-1:]) for _ in batch]
         with torch.inference_mode():
-            speculation._step(list(zip(batch, out)))
+            speculation.step(list(zip(batch, out)))
         for sequence, each in zip(batch, out):
             engine.cut(sequence, len(prompt) - 1)
             first[each.tokens[1]] += 1
