@@ -8,7 +8,6 @@ else that disagrees is an error.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import logging
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Precision
+from .spelling import suggestion
 
 logger = logging.getLogger(__name__)
 
@@ -428,11 +428,8 @@ def check(environ: Mapping[str, str] = os.environ) -> None:
     """
     for name in sorted(environ):
         if name.startswith(PREFIX) and name not in _BY_NAME:
-            near = difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.0)
-            raise FlagError(
-                f"{name}={environ[name]!r} is set, but there is no such flag; did you mean"
-                f" {near[0]}?"
-            )
+            hint = suggestion(name, _BY_NAME, "`dsv4 flags` prints all there are", PREFIX)
+            raise FlagError(f"{name}={environ[name]!r} is set, but there is no such flag; {hint}")
     for flag in FLAGS:
         setting(flag.name, environ)
     for operator in OPERATORS:

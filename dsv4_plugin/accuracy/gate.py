@@ -4,7 +4,6 @@ references."""
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import flags, installation
 from ..config import Geometry, Precision
+from ..spelling import suggestion
 from .eval_set import (
     NORMAL,
     Amount,
@@ -192,9 +192,9 @@ def chosen(
                 f"--operators {word}: write OPERATOR=IMPLEMENTATION, such as sparse_mla=triton"
             )
         if operator not in flags.OPERATORS:
-            [near] = difflib.get_close_matches(operator, flags.OPERATORS, n=1, cutoff=0.0)
             raise EvalError(
-                f"--operators {word}: there is no operator {operator!r}; did you mean {near}?"
+                f"--operators {word}: there is no operator {operator!r};"
+                f" {suggestion(operator, flags.OPERATORS)}"
             )
         environment[flags.operator_flag(operator)] = implementation
     flags.check(environment)

@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..recipe.command import of_this_python
 from .client import BenchError
 
 _SECRETS = re.compile(r"key|token|password|secret|credential", re.IGNORECASE)
@@ -170,7 +170,7 @@ def started(
     it ends first or is not ready in time.
     """
     port = words[words.index("--port") + 1] if "--port" in words else str(free_port())
-    command = [_program(words[0]), *words[1:], *([] if "--port" in words else ["--port", port])]
+    command = [*of_this_python(words), *([] if "--port" in words else ["--port", port])]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -186,12 +186,6 @@ def started(
         yield url
     finally:
         _stop(process)
-
-
-def _program(name: str) -> str:
-    """`dsv4` of this interpreter's environment, whatever PATH says."""
-    beside = Path(sys.executable).with_name(name)
-    return str(beside) if beside.exists() else name
 
 
 def _await(url: str, process: subprocess.Popen, log: Path, seconds: float) -> None:

@@ -25,6 +25,15 @@ def write_json(path: Path, document: Any) -> None:
     os.replace(fresh, path)
 
 
+def writable(path: Path) -> None:
+    """Makes the directory of `path`. Raises OSError when a file cannot be written there, before
+    hours of work end with that."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; give a file")
+    tempfile.TemporaryFile(dir=path.parent).close()
+
+
 def begun(directory: Path) -> str:
     """The date of the first result in `directory`, today when there is none: a sweep taken up again
     is still one curve."""

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import argparse
 import ast
-import difflib
 import importlib
 import importlib.metadata
+import os
 import pkgutil
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from ..spelling import suggestion
 
 USER_ERROR = 2
 _INTERRUPTED = 130
@@ -28,21 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     cannot be used become one line on stderr and status 2; other exceptions are defects and keep
     their traceback.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    names = [module.name for module in pkgutil.iter_modules(__path__)]
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_overview(names))
-        return 0 if argv else USER_ERROR
-    name = argv[0].replace("-", "_")
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = (
-            f"did you mean {near[0]}?" if near else f"there are {', '.join(map(_spelled, names))}"
-        )
-        return _fail(f"no command {argv[0]!r}; {hint}")
     try:
-        module = importlib.import_module(f"{__name__}.{name}")
-        return module.run(_parse(module, name, argv[1:]))
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("dsv4_plugin"):
             raise
@@ -50,8 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"this command needs the Python package {error.name}, which is not installed;"
             f" {_remedy(error.name)}"
         )
+    except SystemExit as leaving:  # rich leaves by itself when the reader has left
+        if isinstance(leaving.__context__, BrokenPipeError):
+            return 0
+        raise
     except OSError as error:
-        return _fail(str(error))
+        return 0 if _reader_left() else _fail(str(error))
     except KeyboardInterrupt:
         return _INTERRUPTED
     except Exception as error:
@@ -60,8 +56,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error))
 
 
+def _run(argv: list[str]) -> int:
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview(names))
+        return 0 if argv else USER_ERROR
+    if argv[0] == "--version":
+        print(f"dsv4_plugin {version()}")
+        return 0
+    name = argv[0].replace("-", "_")
+    if name not in names:
+        hint = suggestion(argv[0], map(_spelled, names))
+        return _fail(f"no command {argv[0]!r}; {hint}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    return module.run(_parse(module, name, argv[1:]))
+
+
+def _reader_left() -> bool:
+    """Whether whoever read standard output has gone, as `head` does when it has seen enough. What
+    is still to be printed then goes nowhere."""
+    try:
+        out = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return False
+    watched = select.poll()
+    watched.register(out, 0)
+    left = any(event & select.POLLERR for _, event in watched.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    return left
+
+
 _DISTRIBUTIONS = {"yaml": "pyyaml"}
 """Modules whose distribution has another name."""
+_OF_THE_MACHINE = {
+    "torch": (
+        "install the torch of your machine (ROCm or CUDA) and this package beside it, or use an"
+        ' image that has SGLang and its torch: README, "Install beside a ROCm torch"'
+    ),
+    "triton": "it comes with the torch of your machine (ROCm or CUDA)",
+    "aiter": (
+        "it comes with AMD's ROCm images; the package of that name on PyPI is another one:"
+        " https://github.com/ROCm/aiter"
+    ),
+}
+"""Modules that PyPI would bring wrongly: pip replaces a ROCm build, or installs something else."""
 _FOR_USERS = ("bench", "flydsl", "host")
 """Extras that commands need, the smallest first."""
 
@@ -73,6 +112,8 @@ def _remedy(module: str) -> str:
     from packaging.utils import canonicalize_name
 
     top = module.partition(".")[0]
+    if top in _OF_THE_MACHINE:
+        return _OF_THE_MACHINE[top]
     wanted = canonicalize_name(_DISTRIBUTIONS.get(top, top))
     brought = [
         requirement
@@ -89,6 +130,14 @@ def _remedy(module: str) -> str:
     ]
     # What no extra lists comes with SGLang or the machine.
     return f"pip install 'dsv4_plugin[{extras[0] if extras else 'host'}]' brings it"
+
+
+def version() -> str:
+    """This package's, "(not installed)" when it runs from a directory that no pip knows."""
+    try:
+        return importlib.metadata.version("dsv4_plugin")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def _parse(module, name: str, argv: list[str]) -> argparse.Namespace:
@@ -110,6 +159,7 @@ def _overview(names: list[str]) -> str:
     take seconds."""
     lines = [
         "usage: dsv4 COMMAND [-h] ...",
+        "       dsv4 --version",
         "",
         "Serves DeepSeek-V4 through a stock SGLang.",
         "",

@@ -42,7 +42,7 @@ def _from_file(arguments: argparse.Namespace):
                 f"there is no {path}; no server of this user on port {arguments.port} has run a"
                 " prefill and a decode yet, or DSV4_REPORT names another file: give it with --file"
             )
-        return ActiveReport.read(path)
+        return _alive_or_ended(ActiveReport.read(path))
     written = sorted(
         reports_directory().glob("active-*.json"), key=lambda path: path.stat().st_mtime
     )
@@ -51,7 +51,16 @@ def _from_file(arguments: argparse.Namespace):
             f"there is no report in {reports_directory()}; a server writes it after its first"
             " request. Give --file when DSV4_REPORT was set, or --url"
         )
-    return ActiveReport.read(written[-1])
+    return _alive_or_ended(ActiveReport.read(written[-1]))
+
+
+def _alive_or_ended(report):
+    """`report`, which says first when the server of this machine that wrote it has ended."""
+    pid = report.facts.get("pid")
+    if pid is not None and not Path(f"/proc/{pid}").exists():
+        ended = f"has ended (there is no process {pid}); this is what it ran until then"
+        report.facts = {"server": ended, **report.facts}
+    return report
 
 
 def from_url(url: str):

@@ -16,9 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from ..host import doctor
 
-    checks = list(doctor.examine())
+    with Console(stderr=True).status("looking at this machine") as looking:
+        checks = []
+        for check in doctor.examine():
+            checks.append(check)
+            looking.update(f"looking at this machine: {check.name} is {check.status}")
     wrong = [check for check in checks if check.status == doctor.WRONG]
     if arguments.json:
         print(json.dumps([asdict(check) for check in checks], indent=1))

@@ -454,6 +454,10 @@ def _run_gate(arguments: argparse.Namespace) -> int:
         if printing:
             print(f"{outcome.setting.name}: ran {outcome.kernels}", flush=True)
 
+    if arguments.json and printing:
+        from ..bench.store import writable
+
+        writable(arguments.json)
     outcomes = run_gate(directory, wanted, QUICK if arguments.quick else FULL, where, say)
     if arguments.json:
         _write_gate(arguments, directory, outcomes)

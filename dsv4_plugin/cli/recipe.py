@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,10 +62,10 @@ def _list(arguments: argparse.Namespace) -> int:
             if isinstance(recipe.measured, str)
             else f"measured at {recipe.measured['commit']}"
         )
-        print(
-            f"{recipe.name:<{width}}  {recipe.title} [{state.split(':')[0]}]"
-            + (f" [not served by this version: {recipe.not_served}]" if recipe.not_served else "")
+        text = f"{recipe.name:<{width}}  {recipe.title} [{state.split(':')[0]}]" + (
+            f" [not served by this version: {recipe.not_served}]" if recipe.not_served else ""
         )
+        print(textwrap.fill(text, 80, subsequent_indent=" " * (width + 2), break_on_hyphens=False))
     return 0
 
 
@@ -133,7 +134,7 @@ def _facts(recipe: Recipe, original: bool) -> list[str]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ..recipe.command import command, shell
+    from ..recipe.command import command, of_this_python, shell
     from ..recipe.reader import find_recipe
     from ..recipe.recipe import RecipeError
 
@@ -148,7 +149,8 @@ def _run(arguments: argparse.Namespace) -> int:
         raise RecipeError(f"recipe {recipe.name}: " + "; ".join(problems))
     words = command(recipe, arm, arguments.model_path, arguments.concurrency)
     print(shell(words, arm.environment), flush=True)
-    os.execvpe(words[0], words, {**os.environ, **arm.environment})
+    words = of_this_python(words)
+    os.execve(words[0], words, {**os.environ, **arm.environment})
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -123,7 +123,7 @@ def _figures(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..roofline import assumptions, limit, weights
     from ..roofline.hardware import Hardware
     from ..roofline.layout import Layout, LayoutError
-    from ..roofline.memory import largest_batch, resident
+    from ..roofline.memory import USABLE, largest_batch, resident
     from ..roofline.speculation import speculation
     from ..roofline.step import decode_step, prefill_step
 
@@ -177,6 +177,8 @@ def _figures(arguments: argparse.Namespace) -> dict[str, Any]:
         "checkpoint_bytes": sum(holding.bytes for holding in holdings),
         "bytes_by_group": weights.component_bytes(geometry),
         "resident_bytes_per_gpu": resident(geometry, layout, drafting),
+        "memory_bytes": hardware.memory,
+        "weights_fit": resident(geometry, layout, drafting) < USABLE * hardware.memory,
         "largest_batch": {
             str(context): largest_batch(
                 geometry, hardware, layout, context, arguments.index_dtype, drafting
@@ -278,16 +280,14 @@ def _fit(fit: Fit) -> dict[str, Any]:
 
 
 def _print(figures: dict[str, Any]) -> None:
-    import sys
-
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console()
     console.print(_heading(figures), highlight=False, soft_wrap=True)
     for title, columns, rows in _tables(figures):
-        table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
         for index, column in enumerate(columns):
             table.add_column(column, justify="right" if index else "left")
         for row in rows:
@@ -302,16 +302,26 @@ def _heading(figures: dict[str, Any]) -> str:
         f" MTP), {figures['resident_bytes_per_gpu'] / 1e9:.1f} GB of weights per GPU,"
         f" {figures['assumed_launch_seconds'] * 1e6:g} µs assumed per dependent kernel"
     )
-    return text + (f"; what if {figures['what_if']}" if figures["what_if"] else "")
+    if figures["what_if"]:
+        text += f"; what if {figures['what_if']}"
+    if not figures["weights_fit"]:
+        text += (
+            f"\nThe weights do not fit: {figures['gpu']} has"
+            f" {figures['memory_bytes'] / 1e9:.0f} GB, of which a server may use 90 %. The figures"
+            " below are of a machine that does not exist; take more GPUs."
+        )
+    return text
 
 
 def _tables(figures: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """(title, columns, rows) of everything that is printed."""
+    from ..report.page import number
+
     steps, last, curve = figures["steps"], figures["steps"][-1], figures["curve"]
     kinds = list(last["seconds_by_kind"])
     yield (
         f"Lower bound of one {last['phase']} step, ms",
-        ["batch", "context", *kinds, "total", "memory alone"],
+        ["batch", "context", *kinds, "total", "memory"],
         [
             [
                 str(s["batch"]),
@@ -330,9 +340,9 @@ def _tables(figures: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list
             [
                 c["name"],
                 c["kind"],
-                f"{c['bytes'] / 1e6:,.1f}",
-                f"{sum(c['flops'].values()) / 1e9:,.2f}",
-                f"{c['link_bytes'] / 1e6:,.1f}",
+                number(c["bytes"] / 1e6),
+                number(sum(c["flops"].values()) / 1e9),
+                number(c["link_bytes"] / 1e6),
                 str(c["launches"]),
                 _ms(c["seconds"], 3),
                 f"{100 * c['seconds'] / last['seconds']:.1f} %",
@@ -357,19 +367,20 @@ def _tables(figures: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list
                 for r in rounds
             ],
         )
-    yield (
-        f"Best possible curve, {curve['workload']} tokens in/out",
-        ["concurrency", "tokens/s/user", "tokens/s/GPU", "TPOT ms"],
-        [
+    if curve["points"]:
+        yield (
+            f"Best possible curve, {curve['workload']} tokens in/out",
+            ["concurrency", "tokens/s/user", "tokens/s/GPU", "TPOT ms"],
             [
-                str(p["conc"]),
-                f"{p['intvty']:.1f}",
-                f"{p['tput_per_gpu']:,.0f}",
-                _ms(p["tpot_seconds"]),
-            ]
-            for p in curve["points"]
-        ],
-    )
+                [
+                    str(p["conc"]),
+                    f"{p['intvty']:.1f}",
+                    f"{p['tput_per_gpu']:,.0f}",
+                    _ms(p["tpot_seconds"]),
+                ]
+                for p in curve["points"]
+            ],
+        )
     if "fits" in figures:
         yield (
             "What the published curves imply",

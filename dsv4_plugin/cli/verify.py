@@ -89,12 +89,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _operators(wanted: list[str] | None, known: list[str]) -> list[str]:
-    import difflib
+    from ..spelling import suggestion
 
     for name in wanted or ():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise VerifyError(f"there is no operator {name!r}; did you mean {near[0]}?")
+            raise VerifyError(f"there is no operator {name!r}; {suggestion(name, known)}")
     return wanted or known
 
 

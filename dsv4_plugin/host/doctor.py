@@ -39,6 +39,7 @@ class Check:
 def examine() -> Iterator[Check]:
     """All checks, in the order that one depends on another; those that an earlier one rules out are
     left out."""
+    yield Check("dsv4_plugin", OK, _own_version())
     yield Check("python", OK, platform.python_version())
     yield from _torch()
     yield from _packages()
@@ -67,6 +68,11 @@ def examine() -> Iterator[Check]:
     yield entry
     if entry.status == OK:
         yield from _seams()
+
+
+def _own_version() -> str:
+    found = device.package_version("dsv4_plugin") or "not installed by pip"
+    return f"{found}, in {Path(__file__).parents[1]}"
 
 
 def _torch() -> Iterator[Check]:

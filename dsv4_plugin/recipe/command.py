@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,12 @@ def original_command(recipe: Recipe, arm: Arm, concurrency: int | None = None) -
     """Words that launched one arm of the original; its model is the recipe's."""
     options = option_words(arm.arguments, concurrency or max(arm.concurrency, default=1))
     return ["python", "-m", "sglang.launch_server", "--model-path", recipe.model, *options]
+
+
+def of_this_python(words: Sequence[str]) -> list[str]:
+    """`words` with `dsv4` and `python` as those of the Python that runs now, whatever PATH says."""
+    programs = {"dsv4": [sys.executable, "-m", "dsv4_plugin"], "python": [sys.executable]}
+    return [*programs.get(words[0], words[:1]), *words[1:]]
 
 
 def shell(words: list[str], environment: Mapping[str, str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import yaml
 
 from .. import installation
 from ..report.curves import Point, load_published
+from ..spelling import suggestion
 from .recipe import Arm, Original, Recipe, RecipeError
 
 ROLES = ("server", "prefill", "decode", "router")
@@ -19,25 +19,28 @@ Scalar = str | int | float
 
 def list_recipes(directory: Path | None = None) -> list[Recipe]:
     """All recipes by name. Raises RecipeError for the first wrong one."""
-    return [
-        read_recipe(path)
-        for path in sorted((directory or installation.directory("recipes")).glob("*.yaml"))
-    ]
+    return [read_recipe(path) for path in _files(directory)]
 
 
 def find_recipe(name: str, directory: Path | None = None) -> Recipe:
     """A recipe by name, or by the path of its file. Raises RecipeError naming the nearest one."""
     if name.endswith((".yaml", ".yml")):
         return read_recipe(Path(name))
-    path = (directory or installation.directory("recipes")) / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        near = difflib.get_close_matches(name, known, n=1)
-        raise RecipeError(
-            f"no recipe {name!r} in {path.parent}; "
-            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
-        )
-    return read_recipe(path)
+    files = {path.stem: path for path in _files(directory)}
+    if name not in files:
+        raise RecipeError(f"no recipe {name!r}; {suggestion(name, files)}")
+    return read_recipe(files[name])
+
+
+def _files(directory: Path | None) -> list[Path]:
+    """The recipes of `directory`, the shipped ones for None. Raises RecipeError for a directory
+    that is none or holds none."""
+    where = directory or installation.directory("recipes")
+    found = sorted(where.glob("*.yaml"))
+    if not found:
+        what = "holds no recipe (NAME.yaml)" if where.is_dir() else "is no directory"
+        raise RecipeError(f"{where} {what}")
+    return found
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -73,8 +76,7 @@ class _Reader:
         known = {**required, **optional}
         for name, value in mapping.items():
             if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-                raise self.fail(where, f"has no field {name!r}; did you mean {near[0]}?")
+                raise self.fail(where, f"has no field {name!r}; {suggestion(str(name), known)}")
             if not isinstance(value, known[name]) or isinstance(value, bool):
                 kinds = known[name] if isinstance(known[name], tuple) else (known[name],)
                 raise self.fail(

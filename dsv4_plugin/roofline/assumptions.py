@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 
+from ..spelling import suggestion
 from .step import Efficiency
 
 FACTORS = tuple(field.name for field in dataclasses.fields(Efficiency) if field.name != "launch")
@@ -24,15 +24,8 @@ def parse(text: str) -> Efficiency:
     for word in filter(None, text.split(",")):
         name, _, value = word.partition("=")
         if name not in (*FACTORS, "launch_us"):
-            near = difflib.get_close_matches(name, [*FACTORS, "launch_us"], n=1)
-            raise AssumptionError(
-                f"--what-if {word!r}: there is no {name!r}; "
-                + (
-                    f"did you mean {near[0]}?"
-                    if near
-                    else f"there are {', '.join(FACTORS)} and launch_us"
-                )
-            )
+            hint = suggestion(name, [*FACTORS, "launch_us"])
+            raise AssumptionError(f"--what-if {word!r}: there is no {name!r}; {hint}")
         try:
             number = float(value)
         except ValueError:

@@ -7,6 +7,8 @@ from .hardware import Hardware
 from .layout import Layout
 from .weights import resident_bytes
 
+USABLE = 0.9
+"""Share of a GPU's memory that a server may use."""
 SLOT_BYTES = 584
 """Bytes of one cached latent: 448 FP8, 64 bf16, 7 scales and a pad (docs/model.md §4)."""
 INDEX_BYTES = {"fp8": 132, "fp4": 68}
@@ -45,5 +47,5 @@ def largest_batch(
 ) -> int:
     """Requests of `context` tokens that fit beside the weights when 90 % of the memory is used; 0
     when the weights do not."""
-    free = 0.9 * hardware.memory - resident(geometry, layout, draft)
+    free = USABLE * hardware.memory - resident(geometry, layout, draft)
     return max(int(free // cached_bytes(geometry, context, index_dtype)), 0) * layout.dp

@@ -30,6 +30,7 @@ from dsv4_plugin.cache import (
     latent_page_bytes,
 )
 from dsv4_plugin.cache.step_plan import RING_ROWS, Compression, StepPlan, static_windows
+from dsv4_plugin.checkpoint.released import load_geometry
 from dsv4_plugin.config import Geometry, Precision
 from dsv4_plugin.model import DeepseekV4
 from dsv4_plugin.model.agreement import Agreement
@@ -37,7 +38,6 @@ from dsv4_plugin.model.feed_forward import FeedForward
 from dsv4_plugin.model.step import Step, rotations
 from dsv4_plugin.ops import operator as selection
 from dsv4_plugin.parallel import Group, Parallel
-from dsv4_plugin.checkpoint.released import load_geometry
 
 RATIOS = (128, 4, 128)
 """Compress ratios of the counted model's layers: between two layers hyper-connections are fused."""

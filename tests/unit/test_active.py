@@ -191,3 +191,14 @@ def test_series_hold_calls_fallbacks_and_compiles(metrics_url, capsys):
         line.split() for line in capsys.readouterr().out.splitlines() if " decode " in line
     )
     assert words == ["moe", "decode", "c4", "any", "1", "16-31", "triton", "29", "-"]
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_server_that_has_ended_is_shown_as_ended(alive, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SGLANG_CACHE_DIR", str(tmp_path))
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    ActiveReport({"pid": os.getpid() if alive else child.pid}, ROWS).write(default_path(31000))
+    for words in ([], ["--port", "31000"]):
+        assert main(["active", *words]) == 0
+        assert ("has ended" in capsys.readouterr().out) is not alive

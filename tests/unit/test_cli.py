@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 from dsv4_plugin import cli
 from dsv4_plugin.config import Geometry
+from dsv4_plugin.spelling import suggestion
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:
@@ -150,3 +152,88 @@ def test_a_missing_package_is_brought_by_the_extra_that_lists_it(
         f"the Python package {module}, which is not installed" in (said := capsys.readouterr().err)
         and remedy in said
     )
+
+
+def test_version(capsys):
+    status, out, _ = run(capsys, "--version")
+    assert status == 0 and out.split() == ["dsv4_plugin", cli.version()]
+
+
+def test_the_package_is_the_command():
+    ran = subprocess.run(
+        [sys.executable, "-m", "dsv4_plugin", "tinny"], capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stdout) == (2, "") and "did you mean tiny?" in ran.stderr
+
+
+@pytest.mark.parametrize("words", [["flags"], ["--help"], ["recipe", "list"]])
+def test_a_reader_that_leaves_is_no_error(words):
+    """As `dsv4 flags | head -1` does, here before a byte is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = subprocess.run(
+        [sys.executable, "-m", "dsv4_plugin", *words],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("module", ["torch", "triton", "aiter"])
+def test_what_pypi_would_bring_wrongly_is_not_advised(module, capsys, monkeypatch):
+    def missing(arguments):
+        raise ModuleNotFoundError(name=module)
+
+    monkeypatch.setattr("dsv4_plugin.cli.flags.run", missing)
+    status, _, err = run(capsys, "flags")
+    assert status == 2 and f"needs the Python package {module}" in err
+    assert "pip install" not in err and "ROCm" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("sevre", "did you mean serve?"), ("qqqq", "there are one, serve"), ("", "there are one")],
+)
+def test_only_a_near_name_is_suggested(name, hint):
+    assert suggestion(name, ["one", "serve"]).startswith(hint)
+
+
+def test_a_common_prefix_makes_no_name_near():
+    known = ["DSV4_MOE", "DSV4_REPORT"]
+    assert suggestion("DSV4_QQQQ", known, "see the table", "DSV4_") == "see the table"
+    assert suggestion("DSV4_MOEE", known, "see the table", "DSV4_") == "did you mean DSV4_MOE?"
+
+
+def test_recipe_run_needs_no_dsv4_on_the_path():
+    ran = subprocess.run(
+        [sys.executable, "-m", "dsv4_plugin", "recipe", "run", "cpu-tiny"]
+        + ["--model-path", "/nosuch/model"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": "/nosuch"},
+    )
+    assert ran.returncode == 2 and "/nosuch/model" in ran.stderr.splitlines()[-1]
+
+
+def test_a_misspelled_directory_of_recipes(capsys, tmp_path):
+    for verb in (["list"], ["show", "x"], ["check"]):
+        status, _, err = run(capsys, "recipe", *verb, "--dir", str(tmp_path / "recipse"))
+        assert status == 2 and err.endswith("recipse is no directory\n")
+    status, _, err = run(capsys, "recipe", "list", "--dir", str(tmp_path))
+    assert status == 2 and "holds no recipe" in err
+
+
+def test_an_eval_file_is_tried_before_the_work(capsys, tmp_path):
+    status, _, err = run(capsys, "eval", "--tiny", "--quick", "--json", str(tmp_path))
+    assert status == 2 and f"{tmp_path} is a directory; give a file" in err
+
+
+def test_roofline_says_that_weights_do_not_fit(capsys):
+    """pro has 862 GB of released weights: 215 GB on each of four GPUs of 192 GB."""
+    _, out, _ = run(capsys, "roofline", "--gpu", "MI300X", "--layout", "tp4")
+    assert "The weights do not fit: MI300X has 192 GB" in out and "Best possible" not in out
+    assert max(len(line.rstrip()) for line in out.splitlines()[2:]) <= 80
+    _, out, _ = run(capsys, "roofline", "--gpu", "MI300X", "--layout", "tp8")
+    assert "do not fit" not in out and "Best possible curve" in out

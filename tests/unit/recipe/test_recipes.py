@@ -414,10 +414,11 @@ class TestAgainstTheInstalledHost:
             }
         )
         assert main(["recipe", "list", "--dir", str(path.parent)]) == 0
-        assert (
-            "[not served by this version: arm dp: --attn-dp-size (data-parallel attention)]"
-            in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "[not served by this version: arm dp: --attn-dp-size (data-parallel attention)]" in (
+            " ".join(out.split())
         )
+        assert max(map(len, out.splitlines())) <= 80
         assert main(["recipe", "show", str(path)]) == 0
         assert "# not served by this version: --attn-dp-size" in capsys.readouterr().out
         assert main(["recipe", "run", str(path), "--arm", "dp"]) == 2

@@ -1,0 +1,17 @@
+"""What to say about a name that does not exist."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def suggestion(name: str, known: Iterable[str], otherwise: str = "", prefix: str = "") -> str:
+    """ "did you mean X?" when a known name is near, `otherwise` (by default all known names) when
+    none is. A `prefix` that all names share does not make them nearer."""
+    known = list(known)
+    bare = [each.removeprefix(prefix) for each in known]
+    near = difflib.get_close_matches(name.removeprefix(prefix), bare, n=1)
+    if near:
+        return f"did you mean {prefix}{near[0]}?"
+    return otherwise or f"there are {', '.join(known)}"
