@@ -122,3 +122,12 @@ def test_published_curves_get_better_in_what_the_work_of_their_days_aimed_at():
     assert launches == sorted(launches, reverse=True)
     assert all(fit.decode_efficiency < 0.5 for fit in fits)
     assert not fits[0].prefill_resolved
+
+
+def test_the_mean_context_by_hand():
+    """8192/1024 nominal are 7372.8 and 921.6 on average: a decode step sees the prompt and half of
+    the output, 7833.6 tokens. The indexer reads 132 bytes for each fourth of them in 30 layers."""
+    point = limit_point(PRO, MI355X, Layout(8), 16, Workload.nominal(8192, 1024))
+    assert (point.decode.context, point.prompt.context) == (7834, 7373)
+    scan = next(each for each in point.decode.components if each.name == "index_scan")
+    assert scan.bytes == pytest.approx(16 * 30 * 132 * 7834 / 4)

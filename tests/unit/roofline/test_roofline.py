@@ -311,3 +311,40 @@ def test_what_if():
     ):
         with pytest.raises(AssumptionError, match=message):
             parse(text)
+
+
+def component(step, name):
+    return next(each for each in step.components if each.name == name)
+
+
+def test_launches_of_a_step_by_hand():
+    """Pro has 61 blocks of 7 + 2 + 2 + 7 kernels, 61 compressors of 2, and 30 indexers of 7."""
+    step = decode_step(PRO, MI355X, TP8, 64, 8192)
+    assert component(step, "kernels").launches == 61 * 18 + 61 * 2 + 30 * 7 == 1430
+    # and on the links an all-reduce after attention and one after the experts
+    assert component(step, "attention_reduce").launches == 61
+    assert component(step, "expert_exchange").launches == 61
+
+
+def test_traffic_of_tensor_parallel_ranks_by_hand():
+    """64 tokens of 7168 bf16: an all-reduce over 8 sends 2 * 7/8 of the 917,504 bytes."""
+    step = decode_step(PRO, MI355X, TP8, 64, 8192)
+    for name in ("attention_reduce", "expert_exchange"):
+        assert component(step, name).link_bytes == pytest.approx(61 * 1_605_632)
+
+
+def test_traffic_of_expert_parallel_ranks_by_hand():
+    """64 tokens on 8 ranks are 8 a rank. A token's 6 experts miss a given rank with (7/8)^6 =
+    0.448795, so it goes to 7 * 0.551205 = 3.858433 others: 7168 bytes there in FP8 and 14336 back
+    in bf16. 8 * 3.858433 * 21504 = 663,774.1 bytes a layer. Attention sends nothing."""
+    step = decode_step(PRO, MI355X, Layout(8, dp=8, ep=8), 64, 8192)
+    exchange = component(step, "expert_exchange")
+    assert exchange.link_bytes == pytest.approx(61 * 663_774.1, rel=1e-6)
+    assert exchange.launches == 2 * 61
+    assert not [each for each in step.components if each.name == "attention_reduce"]
+
+
+def test_traffic_of_attention_groups_by_hand():
+    """Four groups of two: 16 tokens a group, 2 * 1/2 of their 229,376 bytes within it."""
+    step = decode_step(PRO, MI355X, Layout(8, dp=4), 64, 8192)
+    assert component(step, "attention_reduce").link_bytes == pytest.approx(61 * 229_376)
