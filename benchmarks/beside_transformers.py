@@ -4,8 +4,8 @@
 
 Each round times every side once, in turn, so that a machine that others use slows them alike:
 a prefill of the prompt, then greedy decode steps. Times are of the process's own threads on a core
-(CPU seconds over the number of threads are wall seconds on an idle machine), kept as the best of the
-rounds. Ours is the engine without a server (`runtime/engine.py`); transformers caches in memory
+(CPU seconds over the number of threads are wall seconds on an idle machine), kept as the best of
+the rounds. Ours is the engine without a server (`runtime/engine.py`); transformers caches in memory
 of its activations' dtype, ours in `serving` in the pages of FP8 that a server has.
 """
 
@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -136,7 +137,7 @@ def measure(
     best = {name: Times() for name in made}
     for _ in range(rounds):
         for name, side in made.items():
-            prefill = clock.seconds(lambda: side.prefill(prompt))
+            prefill = clock.seconds(partial(side.prefill, prompt))
             step = min(clock.seconds(side.step) for _ in range(steps))
             best[name].better(Times(prefill, step))
     return best

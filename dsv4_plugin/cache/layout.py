@@ -84,8 +84,8 @@ def latent_row_numbers(slots: Tensor, slots_per_page: int) -> tuple[Tensor, Tens
 
 
 def index_rows(pages: Tensor) -> tuple[Tensor, Tensor]:
-    """Contiguous uint8 `pages` [n, 8448] as rows that index_row_numbers counts: keys uint8 [.., 128]
-    and scales fp32 [.., 1]."""
+    """Contiguous uint8 `pages` [n, 8448] as rows that index_row_numbers counts: keys uint8 [..,
+    128] and scales fp32 [.., 1]."""
     return pages.view(-1, INDEX_DIM), pages.view(torch.float32).view(-1, 1)
 
 

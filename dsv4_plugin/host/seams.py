@@ -71,8 +71,8 @@ SEAMS: tuple[Seam, ...] = (
             f"sglang.srt.arg_groups.model_override_base.register_model_override({ARCHITECTURE!r})"
         ),
         why=(
-            "arguments are checked in the main process, before any worker starts, and prefill graphs"
-            " are turned off"
+            "arguments are checked in the main process, before any worker starts, and prefill"
+            " graphs are turned off"
         ),
         remove="never: this is the host's registry for it",
         test="tests/host/test_wrong_input.py",

@@ -13,7 +13,8 @@ from .rope import apply_rope
 # bounds the reference's gathered latents to 16 MiB, which an allocator gets back at no cost
 _MAX_GATHERED = 1 << 22
 _ROWS = 128
-"""Rows whose latents are gathered once for all of them: as many as a window has, twice its slots."""
+"""Rows whose latents are gathered once for all of them: as many as a window has, twice its
+slots."""
 
 
 def _load(cache: SlotStore, slots: Tensor) -> Tensor:
@@ -41,8 +42,8 @@ def _in_order_of_appearance(distinct: Tensor, place: Tensor) -> tuple[Tensor, Te
 
 
 def _attend(q: Tensor, keys: Tensor, bias: Tensor, sink: Tensor, softmax_scale: float) -> Tensor:
-    """fp32 [N, M, 512]: `q` [N, M, 512] over `keys` [N, K, 512], with `bias` [N, M or 1, K] added to
-    the logits and `sink` [M, 1] in the denominator."""
+    """fp32 [N, M, 512]: `q` [N, M, 512] over `keys` [N, K, 512], with `bias` [N, M or 1, K] added
+    to the logits and `sink` [M, 1] in the denominator."""
     logits = torch.baddbmm(bias, q, keys.transpose(1, 2), alpha=softmax_scale)
     amax = torch.maximum(logits.amax(-1, keepdim=True), sink)
     p = logits.sub_(amax).exp_()

@@ -83,7 +83,8 @@ def build_step_plan(
 
 
 def _dense_slots(position: Tensor, pages: Tensor, max_seq_len: int) -> Tensor:
-    """Slots of the ratio-128 entries that each row sees, by its own `pages` [T, ..]; -1 past them."""
+    """Slots of the ratio-128 entries that each row sees, by its own `pages` [T, ..]; -1 past
+    them."""
     entries = torch.arange(max_seq_len // 128, device=position.device)
     slots = entry_slots(pages, entries.expand(pages.shape[0], -1), 128)
     return slots.masked_fill_(entries >= ((position + 1) // 128).unsqueeze(-1), -1)

@@ -15,6 +15,9 @@ import yaml
 from .pareto import Frontier
 
 PUBLISHED = Path(__file__).with_name("published")
+_ROUNDING = 0.02
+"""Share by which rates of input and output may miss their total and still be rates of the same
+GPUs."""
 _REQUIRED = ("conc", "tput_per_gpu", "isl", "osl")
 
 
@@ -267,12 +270,19 @@ def _gpus(result: dict[str, Any]) -> int:
 def _point(result: dict[str, Any]) -> Point:
     total, isl, osl = float(result["tput_per_gpu"]), result["isl"], result["osl"]
     intvty = float(result.get("median_intvty") or 1 / result["median_tpot"])
+    read, written = (
+        float(result.get(name, 0)) for name in ("input_tput_per_gpu", "output_tput_per_gpu")
+    )
+    # Rows of disaggregated servers divide tokens read by the GPUs of prefill and tokens written by
+    # those of decode: such rates are not of one GPU, and do not add up to the total.
+    if abs(read + written - total) > _ROUNDING * total:
+        read, written = (total * part / (isl + osl) for part in (isl, osl))
     return Point(
         concurrency=int(result["conc"]),
         tput_per_gpu=total,
         intvty=intvty,
-        input_tput_per_gpu=float(result.get("input_tput_per_gpu", total * isl / (isl + osl))),
-        output_tput_per_gpu=float(result.get("output_tput_per_gpu", total * osl / (isl + osl))),
+        input_tput_per_gpu=read,
+        output_tput_per_gpu=written,
         tpot_ms=1000 * float(result["median_tpot"]) if "median_tpot" in result else 1000 / intvty,
         layout=_layout(result),
         source=result["_file"],

@@ -202,7 +202,7 @@ class Report:
         if unpriced:
             lines.append(f"No price for {', '.join(unpriced)} in the cost table.")
         if self.published and self.published.quoted:
-            lines.append(_quoted_text(self.published, self.costs))
+            lines.append(_quoted_text(self.published))
         columns = (
             "curve",
             "owner",
@@ -264,19 +264,14 @@ def _headline_text(compared: Headline, published: PublishedTable | None) -> str:
     return text
 
 
-def _quoted_text(published: PublishedTable, costs: CostTable) -> str:
+def _quoted_text(published: PublishedTable) -> str:
     quoted = published.quoted
-    price = costs.prices(quoted["hardware"]).get(quoted["owner"])
-    claim = (
+    price, tput = quoted["dollars_per_gpu_hour"], quoted["tput_per_gpu"]
+    return (
         f"Quoted later for {quoted['hardware']}: ${quoted['dollars_per_million']}/M at"
-        f" {quoted['tput_per_gpu']:,} tokens/s/GPU"
+        f" {tput:,} tokens/s/GPU; the {price:.2f} $/GPU/h of that day give"
+        f" ${dollars_per_million(price, tput):.3f}/M."
     )
-    if price is None:
-        return (
-            f"{claim}; this cost table has no price for {quoted['hardware']} and {quoted['owner']}."
-        )
-    ours = dollars_per_million(price, quoted["tput_per_gpu"])
-    return f"{claim}; {quoted['owner']} price {price:.2f} $/GPU/h gives ${ours:.3f}/M."
 
 
 def _agreement(published: PublishedTable, found: Sequence[Disagreement]) -> Section:
@@ -313,8 +308,9 @@ def _other_stacks() -> Section:
             entry["model"],
             str(entry["date"]),
             entry["layout"],
+            entry.get("speculative", ""),
             ", ".join(
-                f"{p['concurrency']}→{p['tput_per_gpu']:,}"
+                f"{p['concurrency'] or '?'}→{p['tput_per_gpu']:,}"
                 + (f" @{p['intvty']:g}" if p["intvty"] else "")
                 for p in entry["points"]
             ),
@@ -323,14 +319,14 @@ def _other_stacks() -> Section:
         for entry in load_other_stacks()
     ]
     text = (
-        "Other published figures, concurrency→tokens/s/GPU (@tokens/s/user where printed). Client"
-        " settings, speculative decoding and layout differ, so they are not comparable one to one"
-        " and are not drawn."
+        "Other published figures, concurrency→tokens/s/GPU (@tokens/s/user where printed;"
+        " ? where the concurrency is not). Client settings, speculative decoding and layout differ,"
+        " so they are not comparable one to one and are not drawn."
     )
     return Section(
         "Other stacks",
         (text,),
-        ((("GPU", "stack", "model", "date", "layout", "points", "source"), rows),),
+        ((("GPU", "stack", "model", "date", "layout", "speculative", "points", "source"), rows),),
     )
 
 

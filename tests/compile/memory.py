@@ -108,8 +108,8 @@ def sass_local_bytes(body: list[str]) -> int:
 
 
 def sass_bytes_in_flight(body: list[str]) -> int:
-    """The most bytes of global memory that one warp has asked for and not used yet in a pass: a load
-    ends where its first register is read, an asynchronous copy with the wait for its group."""
+    """The most bytes of global memory that one warp has asked for and not used yet in a pass: a
+    load ends where its first register is read, an asynchronous copy with the wait for its group."""
     flying: dict[int, int] = {}
     groups: list[int] = [0]
     most = 0

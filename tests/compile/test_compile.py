@@ -32,8 +32,8 @@ def test_fits_the_chip(operator: str, case: Case, arch: str):
 
 @pytest.mark.parametrize(("operator", "case", "arch"), EVERY)
 def test_compiles_in_seconds(operator: str, case: Case, arch: str):
-    """CPU seconds of this process, which are a server's stall at the first call; ptxas, a process of
-    its own, is not in them."""
+    """CPU seconds of this process, which are a server's stall at the first call; ptxas, a process
+    of its own, is not in them."""
     for kernel, seconds in table.compile_seconds(operator, case.name, arch).items():
         assert seconds < MOST_SECONDS, kernel
 

@@ -118,15 +118,15 @@ def answers(
     tape: bool = False,
     retract_every: int = 0,
 ) -> dict[str, Any]:
-    """Greedy continuations of all prompts at once, of `new_tokens` each, with NaN in every ring: the
-    tokens, the requests of each decode step, a digest of its logits and the largest of each row.
-
+    """Greedy continuations of all prompts at once, of `new_tokens` each, with NaN in every ring:
+    the tokens, the requests of each decode step, a digest of its logits and the largest of each
+    row.
     With `tape`, decode steps are captured; after every so many steps the host takes a request back.
     """
     import hashlib
 
-    from sglang.srt.managers import scheduler as module
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+    from sglang.srt.managers import scheduler as module
     from sglang.srt.plugins import load_plugins
 
     module.TEST_RETRACT, module.TEST_RETRACT_INTERVAL = bool(retract_every), retract_every

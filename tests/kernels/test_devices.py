@@ -1,5 +1,5 @@
-"""Arguments that are carried to a device and back give what they give at home; here the device is the
-CPU, and carrying is copying."""
+"""Arguments that are carried to a device and back give what they give at home; here the device is
+the CPU, and carrying is copying."""
 
 from __future__ import annotations
 

@@ -47,6 +47,8 @@ def imported_modules(path: Path) -> list[str]:
 def floor(parts: tuple[str, ...]) -> int:
     """Height of a module of the package: 0 is `cli`, the highest; leaf modules lie below all
     floors."""
+    if parts and parts[0] in ("__main__", "__main__.py"):  # the command by another name
+        return 0
     return FLOORS.index(parts[0]) if parts and parts[0] in FLOORS else len(FLOORS)
 
 

@@ -467,7 +467,8 @@ def test_choosing_costs_no_more_than_a_few_small_torch_calls():
 
 
 def test_calls_of_a_captured_graph_count_when_it_is_replayed(moe):
-    """Not when it is captured, which serves nobody; the last of the warm-ups and captures counts."""
+    """Not when it is captured, which serves nobody; the last of the warm-ups and captures
+    counts."""
     x, calls = torch.ones(2), selection.Calls()
     moe(x)
     for _ in range(3):

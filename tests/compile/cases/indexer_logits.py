@@ -40,8 +40,8 @@ def _units(constants) -> Units:
     return Units("logit", constants["BLOCK_KEYS"] * constants["QUERIES"], macs=HEADS * 128)
 
 
-# A logit of 64 heads is 8192 multiply-adds, 2.0 cycles of a SIMD at the rate of FP8, and 3.0 cycles of
-# relu, weights and sums. Two waves a SIMD run each other's part meanwhile; both in a row are 5.0.
+# A logit of 64 heads is 8192 multiply-adds, 2.0 cycles of a SIMD at the rate of FP8, and 3.0 cycles
+# of relu, weights and sums. Two waves a SIMD run each other's part meanwhile; both in a row are 5.0.
 ISSUE = 5.1
 KERNEL = "indexer_logits_kernel"
 CASES = [

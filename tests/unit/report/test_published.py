@@ -134,12 +134,21 @@ def test_gains(published):
 
 
 def test_quoted_cost(published):
-    price = CostTable.load().prices("mi355x")["hyperscaler"]
+    price = published.quoted["dollars_per_gpu_hour"]
     assert (
         round(dollars_per_million(price, 1411), 3)
         == 0.291
         == published.quoted["dollars_per_million"]
     )
+
+
+def test_prices_of_july_2026_give_the_published_costs():
+    """2,795 tokens/s/GPU at 1.50 $/h are 0.149 $/M, 10,133 at 2.31 are 0.063 (owner)."""
+    table = CostTable.load()
+    assert table.owners.keys() == {"owner", "retail"} and "July 2026" in table.source
+    for gpu, tput, dollars in (("mi355x", 2795, 0.149), ("gb300", 10133, 0.063)):
+        price = table.prices(gpu)["owner"]
+        assert round(dollars_per_million(price, tput), 3) == dollars
 
 
 def test_printed_interactivity_and_time_per_token_belong_together(published):

@@ -81,3 +81,17 @@ def test_absent_and_damaged_files_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ResultError, match="no result found"):
         load_results([tmp_path / "empty"])
+
+
+def test_rates_of_different_gpus_are_not_taken_for_rates_of_one(result, write, tmp_path):
+    """A disaggregated row: 8 of 24 GPUs write 1,000 tokens/s each, 16 read 4,000 each; over all
+    24 that is 3,000 in total, of which the workload reads 8 of 9."""
+    row = result(isl=8192, osl=1024, tput_per_gpu=3000.0) | {
+        "input_tput_per_gpu": 4000.0,
+        "output_tput_per_gpu": 1000.0,
+    }
+    write(tmp_path / "row.json", row)
+    [curve], _ = load_results([tmp_path])
+    [point] = curve.points
+    assert point.input_tput_per_gpu == pytest.approx(3000 * 8 / 9)
+    assert point.output_tput_per_gpu == pytest.approx(3000 / 9)
