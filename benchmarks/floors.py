@@ -150,6 +150,49 @@ def fp4_bytes(values: int) -> int:
     return values * 17 // 32
 
 
+def mhc(tokens: int, dim: int, mixes: int, enters: bool, leaves: bool) -> Floor:
+    """Hyper-connections of four bf16 streams around one sub-layer of `mixes` coefficients.
+
+    The streams are read once. Leaving a sub-layer reads its output and its coefficients (20, fp32)
+    and writes the streams; entering the next (or the head, 4 mixes) multiplies them by `fn`, which
+    is read once a call, and writes a row, before a sub-layer also its FP8 and 20 coefficients.
+    """
+    row, fn = 4 * dim * _BF16, 0
+    if leaves:
+        row += dim * _BF16 + 20 * _FP32 + 4 * dim * _BF16
+    if enters:
+        row, fn = row + dim * _BF16, mixes * 4 * dim * _FP32
+        if mixes > 4:
+            row += fp8_bytes(dim) + 20 * _FP32
+    return Floor(tokens * row + fn, tokens * 2 * mixes * 4 * dim if enters else 0)
+
+
+def fp8_bytes(channels: int) -> int:
+    """A row of e4m3 with an fp32 scale for each 128 channels."""
+    return channels + channels // 128 * _FP32
+
+
+def rms_norm_quant(tokens: int, channels: int) -> Floor:
+    """A row read in bf16, written in bf16 and FP8."""
+    return Floor(tokens * (channels * 2 * _BF16 + fp8_bytes(channels)))
+
+
+def product(
+    tokens: int, outputs: int, inputs: int, groups: int = 1, fp8: bool = True, out: int = 2
+) -> Floor:
+    """The weight [outputs, inputs] once, `groups` times `inputs` channels of each row, results of
+    `out` bytes (with 1 their scales too). bf16 where it is not FP8."""
+    weight = outputs * inputs + (outputs // 128) * (inputs // 128) if fp8 else outputs * inputs * 2
+    row = fp8_bytes(groups * inputs) if fp8 else groups * inputs * _BF16
+    row += fp8_bytes(outputs) if out == 1 else outputs * out
+    return Floor(weight + tokens * row, tokens * 2 * outputs * inputs, "fp8" if fp8 else "bf16")
+
+
+def sample_greedy(tokens: int, vocab: int) -> Floor:
+    """Logits of 4 bytes read, ids of 8 written."""
+    return Floor(tokens * (vocab * _FP32 + _INT64))
+
+
 def window_items(ratio: int) -> int:
     """Items of a compression window: ratio 4 overlaps the window before it."""
     return 8 if ratio == 4 else ratio

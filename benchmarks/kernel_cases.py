@@ -1,5 +1,6 @@
 """The calls that benchmarks/kernels.py checks and times: released shapes of every operator on the
-attention path; those of routing and experts are in expert_cases.py.
+attention path; those of routing and experts are in expert_cases.py, of hyper-connections, norms and
+products in dense_cases.py.
 
 A case is a label, the memory it needs, and a function that makes its tensors. Caches are full of
 random latents and keys on shuffled pages; a decode step has one row a request, all of one length; a
@@ -46,12 +47,24 @@ class Model:
     heads: int
     index_heads: int
     topk: int
+    hidden: int
+    q_lora_rank: int
+    groups: int
+    """Of the output projection."""
+    vocab: int
 
 
 def _model(config: str, name: str, shares: int) -> Model:
     geometry = load_geometry(config)
     return Model(
-        name, geometry.num_attention_heads // shares, geometry.index_n_heads, geometry.index_topk
+        name,
+        geometry.num_attention_heads // shares,
+        geometry.index_n_heads,
+        geometry.index_topk,
+        geometry.hidden_size,
+        geometry.q_lora_rank,
+        geometry.o_groups // shares,
+        geometry.vocab_size // shares,
     )
 
 
@@ -75,13 +88,15 @@ class Sizes:
     prefills: tuple[int, ...]
     most_topk: int = 1 << 20
     most_heads: int = 1 << 20
+    most_hidden: int = 1 << 20
+    """Of hidden channels, those of a low-rank query, and hundredths of the vocabulary."""
 
 
 FULL = Sizes(
     (1, 8, 32, 128, 512), (1 << 10, 1 << 13, 1 << 17, 1 << 20), (1 << 10, 1 << 11, 1 << 12, 1 << 13)
 )
 QUICK = Sizes((1, 32), (1 << 13, 1 << 17), (1 << 11,))
-TINY = Sizes((2,), (300,), (9,), most_topk=64, most_heads=16)
+TINY = Sizes((2,), (300,), (9,), most_topk=64, most_heads=16, most_hidden=256)
 """What an interpreter finishes: every path of the full sizes, few rows."""
 
 
@@ -576,7 +591,8 @@ def _index_query(model: Model, step: Step, topk: int) -> Case:
     )
 
 
-import expert_cases  # noqa: E402 - it takes its types from here
+import dense_cases  # noqa: E402 - they take their types from here
+import expert_cases  # noqa: E402
 
 _BY_CONTEXT = {"sparse_mla", "indexer_logits", "topk_select", "build_step_plan"}
 _MAKERS: dict[str, Callable[[Model, Step, int], Iterator[Case]]] = {
@@ -593,10 +609,23 @@ _MAKERS: dict[str, Callable[[Model, Step, int], Iterator[Case]]] = {
     "qk_norm_rope_store": lambda *a: iter((_store(*a),)),
     "rope_hadamard_quant": lambda *a: iter((_index_query(*a),)),
     "build_step_plan": lambda *a: iter((_step_plan(*a),)),
+    **dense_cases.MAKERS,
     **expert_cases.MAKERS,
 }
 NAMES = tuple(_MAKERS)
 """Operators that have cases."""
+
+
+def _shrunk(model: Model, sizes: Sizes) -> Model:
+    """The model within the most of `sizes`."""
+    heads = min(model.heads, sizes.most_heads)
+    return replace(
+        model,
+        heads=heads,
+        hidden=min(model.hidden, sizes.most_hidden),
+        q_lora_rank=min(model.q_lora_rank, sizes.most_hidden),
+        vocab=min(model.vocab, 100 * sizes.most_hidden),
+    )
 
 
 def cases(operators: list[str], models: list[str], sizes: Sizes) -> Iterator[Case]:
@@ -607,10 +636,7 @@ def cases(operators: list[str], models: list[str], sizes: Sizes) -> Iterator[Cas
         contexts = sizes.contexts if operator in _BY_CONTEXT else (2 * PAGE_TOKENS,)
         steps = [Step("decode", batch, context) for context in contexts for batch in sizes.batches]
         steps += [Step("prefill", 1, tokens) for tokens in sizes.prefills]
-        for model in (
-            replace(MODELS[name], heads=min(MODELS[name].heads, sizes.most_heads))
-            for name in models
-        ):
+        for model in (_shrunk(MODELS[name], sizes) for name in models):
             for step in steps:
                 for case in _MAKERS[operator](model, step, min(model.topk, sizes.most_topk)):
                     if (operator, case.label) not in seen:

@@ -46,10 +46,10 @@ FP8_TWICE = Tolerance(
 )
 
 _DISCRETE = {"topk_select", "build_step_plan", "sample_greedy"}
-_FP8_INPUTS = {"block_fp8_linear", "grouped_output"}
+_FP8_INPUTS = {"block_fp8_linear"}
 """Operators whose implementations may round their inputs to FP8, as their references say."""
-_FP8_INPUTS_TWICE = {"moe", "shared_expert"}
-"""The same for two products that follow one another."""
+_FP8_INPUTS_TWICE = {"moe", "shared_expert", "grouped_output"}
+"""The same for two products in a row, or one whose result is rounded for the next."""
 _FP8_OUTPUTS = {
     "qk_norm_rope_store",
     "compress",

@@ -1,10 +1,9 @@
-"""The golden set through the runtime with every Triton kernel forced on, and matrices packed."""
+"""The golden set through the runtime with every Triton kernel of the attention path forced on."""
 
 from __future__ import annotations
 
 import torch
 
-from dsv4_plugin import flags
 from dsv4_plugin.accuracy.gate import REFERENCES, chosen, selected
 from dsv4_plugin.checkpoint.load import load_checkpoint
 from dsv4_plugin.config import Precision
@@ -20,20 +19,8 @@ KERNELS = (
     "indexer_logits",
     "topk_select",
     "sparse_mla",
-    "mhc_post",
-    "mhc_head",
-    "mhc_pre",
-    "mhc_post_pre",
-    "rms_norm_quant",
-    "block_fp8_linear",
-    "linear_fp32",
-    "grouped_output",
 )
-IN_SOME_LAYERS = KERNELS[-6:]
-"""Interpreted in the first layer and one of each ratio: these take a second a call."""
-TRITON = chosen({}, operators=[f"{name}=triton" for name in KERNELS]) | {
-    flags.layers_flag(name): "0,2-3" if name == "mhc_pre" else "2-3" for name in IN_SOME_LAYERS
-}
+TRITON = chosen({}, operators=[f"{name}=triton" for name in KERNELS])
 CHUNKS = [51, 69, 3] + [1] * 6
 """Prefill, prefill after a prefix that cuts windows of both ratios, and decode, over the 129 tokens
 of sequence 2."""
@@ -56,7 +43,6 @@ def difference(logits: torch.Tensor, other: torch.Tensor, tokens: list[int]) -> 
 
 
 def test_all_kernels_serve_the_golden_sequence(golden_dir, golden_geometry, golden, monkeypatch):
-    monkeypatch.setenv("DSV4_WEIGHTS", "packed")
     model = DeepseekV4(golden_geometry, Precision.SERVING, parts="backbone")
     load_checkpoint(model, golden_dir)
     tokens = golden["input_ids_2"].tolist()
@@ -70,8 +56,7 @@ def test_all_kernels_serve_the_golden_sequence(golden_dir, golden_geometry, gold
             }
             for name in KERNELS
         }
-        assert all("triton" in ran[name] for name in KERNELS)
-        assert all(ran[name] == {"triton"} for name in set(KERNELS) - set(IN_SOME_LAYERS))
+        assert ran == {name: {"triton"} for name in KERNELS}
     with selected(REFERENCES):
         monkeypatch.setattr(attention, "sparse_mla", rounded_once)
         reference = score(model, tokens)

@@ -1,17 +1,18 @@
-"""The trained checkpoint recalls what it was told a thousand tokens before with every Triton
-kernel: those of the attention path, then those of routing and experts."""
+"""The trained checkpoint recalls what it was told a thousand tokens before with every Triton kernel
+at once: attention, experts, hyper-connections, norms and products of packed matrices."""
 
 from __future__ import annotations
 
-import pytest
+import test_golden_dense
 import test_golden_experts
 import torch
 import torch.nn.functional as F
-from test_golden import KERNELS, TRITON
+from test_golden import KERNELS
 
 from dsv4_plugin import flags
 from dsv4_plugin.accuracy import gate
 from dsv4_plugin.accuracy.eval_set import Amount, build_eval_set
+from dsv4_plugin.accuracy.gate import chosen
 from dsv4_plugin.config import Precision
 from dsv4_plugin.ops import operator
 
@@ -21,12 +22,11 @@ TAIL = 4
 end are decoded singly."""
 
 
-@pytest.mark.parametrize(
-    "kernels, triton",
-    [(KERNELS, TRITON), (test_golden_experts.KERNELS, test_golden_experts.TRITON)],
-    ids=["attention", "experts"],
-)
-def test_things_are_recalled_by_kernels(kernels, triton, monkeypatch):
+EVERY = (*KERNELS, *test_golden_experts.KERNELS, *test_golden_dense.KERNELS)
+TRITON = chosen({}, operators=[f"{name}=triton" for name in EVERY])
+
+
+def test_things_are_recalled_by_kernels(monkeypatch):
     """References read the text, which interpreted kernels would take minutes for; kernels read the
     questions after it."""
     monkeypatch.setenv("DSV4_WEIGHTS", "packed")
@@ -46,11 +46,11 @@ def test_things_are_recalled_by_kernels(kernels, triton, monkeypatch):
             logits = engine.logits(streams)
             ran = {(row.operator, row.implementation) for row in operator.report_rows()}
         engine.close(sequence)
-        wanted = {(name, flags.implementation(name, environment).value) for name in kernels}
+        wanted = {(name, flags.implementation(name, environment).value) for name in EVERY}
         assert wanted <= ran
         return logits.log_softmax(-1)
 
-    found = answer(triton)
+    found = answer(TRITON)
     things, best = [at - 1 - begin for at, _ in asked.things], found.argmax(-1).tolist()
     assert [
         tuple(best[row : row + len(thing)]) for row, (_, thing) in zip(things, asked.things)

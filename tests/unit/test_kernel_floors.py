@@ -69,6 +69,32 @@ def test_preparation():
     assert floors.qk_norm_rope_store(3, 16).operations == 0
 
 
+def test_dense():
+    """Two rows of 256 channels: streams of 2048 bytes, a row of 512, codes of 256 and two scales."""
+    fn, coefficients, codes = 24 * 4 * 256 * 4, 20 * 4, 256 + 2 * 4
+    enter = 2048 + 512 + codes + coefficients
+    assert floors.mhc(2, 256, 24, True, False).bytes == 2 * enter + fn
+    leave = 2048 + 512 + coefficients + 2048
+    assert floors.mhc(2, 256, 24, False, True).bytes == 2 * leave
+    between = floors.mhc(2, 256, 24, True, True)
+    assert between.bytes == 2 * (enter + leave - 2048) + fn  # the streams are read once
+    assert between.operations == 2 * 2 * 24 * 1024
+    assert floors.mhc(2, 256, 4, True, False).bytes == 2 * (2048 + 512) + 4 * 1024 * 4
+    assert floors.rms_norm_quant(2, 256).bytes == 2 * (512 + 512 + codes)
+    assert floors.sample_greedy(3, 1000).bytes == 3 * (4000 + 8)
+
+
+def test_products():
+    fp8 = floors.product(2, 384, 256)
+    assert fp8.bytes == 384 * 256 + 3 * 2 + 2 * (256 + 8 + 384 * 2)
+    assert (fp8.operations, fp8.products) == (2 * 2 * 384 * 256, "fp8")
+    bf16 = floors.product(2, 384, 256, fp8=False, out=4)
+    assert bf16.bytes == 384 * 256 * 2 + 2 * (512 + 384 * 4)
+    assert bf16.products == "bf16"
+    grouped = floors.product(2, 256, 512, groups=2, out=1)
+    assert grouped.bytes == 256 * 512 + 2 * 4 + 2 * (1024 + 8 * 4 + 256 + 2 * 4)
+
+
 def test_step_plan():
     # One row: 128 slots through two tables and written, and seven numbers; two pages; a window of 8
     # items and one of 128.

@@ -49,12 +49,6 @@ CASES = [
         matrix=PRODUCT,
         workgroups={"mhc_project_kernel": 2, "mhc_finish_kernel": 2},
     ),
-    Case("post-pre/flash/64-tokens", lambda: _between(64, 4096), matrix=PRODUCT),
-    Case(
-        "pre/pro/64-tokens",
-        lambda: mhc.mhc_pre(_bf16(64, 4, 7168), *_site(7168), 20, 1e-6, 1e-6, True),
-        matrix=PRODUCT,
-    ),
     Case("post/pro/64-tokens", lambda: _post(64, 7168), workgroups={"mhc_post_kernel": 8}),
     Case(
         "head/pro/64-tokens",
