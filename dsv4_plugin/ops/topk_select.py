@@ -10,7 +10,7 @@ from ..cache.step_plan import StepPlan
 from .operator import Implementation, operator
 
 
-@operator
+@operator(varying=(1,))
 def topk_select(logits: Tensor, visible: Tensor, topk: int, plan: StepPlan | None = None) -> Tensor:
     """Entry numbers int64 [T, min(topk, E)] of the largest `logits` fp32 [T, E], ascending, -1 past
     the last; with `plan` the ratio-4 slots of those entries.
