@@ -1,11 +1,22 @@
 """What is executed as machine code: calls of every operator that has kernels, in shapes that an
-executor on a CPU finishes in seconds, held against the operator's reference."""
+executor on a CPU finishes in seconds, held against the operator's reference.
+
+    python tests/isa/executions.py      # renews the table in docs/kernels.md
+"""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import itertools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "benchmarks")]
 
 import kernel_cases
 import torch
@@ -14,11 +25,15 @@ from dsv4_plugin import device
 from dsv4_plugin.ops.operator import OPERATORS, Implementation
 from dsv4_plugin.runtime import compare
 from dsv4_plugin.runtime.cases import MODELS, cases, sizes
+from gfx950.hazards import check_waits
 from gfx950.machine import Options
+from gfx950.races import Alignment, GlobalRaces, LocalRaces
 from gfx950.triton_driver import Executed, executing
+from gfx950.wait_states import check_wait_states
 
 LANGUAGES = ("triton", "gluon")
 """Implementations that are kernels, by name."""
+WATCHED = Options(watches=(LocalRaces, GlobalRaces, Alignment))
 _CPU = torch.device("cpu")
 
 
@@ -53,6 +68,21 @@ class Execution:
     def findings(self) -> list:
         """What the watches of all launches found."""
         return [found for each in self.launches for found in each.told.findings]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is kept of a call: `refused` is why the kernel does not take it."""
+
+    refused: str | None = None
+    error: float = 0.0
+    limit: float = 0.0
+    launches: int = 0
+    instructions: int = 0
+    """Of all waves."""
+    matrix: tuple[str, ...] = ()
+    """Mnemonics of matrix instructions."""
+    hazards: tuple[str, ...] = ()
 
 
 def kernels() -> list[tuple[str, Implementation]]:
@@ -140,3 +170,116 @@ def compile_only(case: Case, arch: str = "gfx950") -> list[Executed] | str:
             return reason
         implementation.load()(*arguments)
     return launches
+
+
+def outcome(case: Case, options: Options) -> Outcome:
+    """Runs a call, and looks for hazards on the paths of its kernels."""
+    found = execute(case, options)
+    if isinstance(found, str):
+        return Outcome(refused=found)
+    hazards, matrix = list(found.findings), set()
+    for program in {each.hsaco: each.program for each in found.launches}.values():
+        hazards += check_waits(program) + check_wait_states(program)
+        names = {i.name for i in program.instructions.values()}
+        matrix |= {name for name in names if name.startswith("v_mfma")}
+    return Outcome(
+        error=found.error,
+        limit=found.limit,
+        launches=len(found.launches),
+        instructions=sum(each.told.instructions for each in found.launches),
+        matrix=tuple(sorted(matrix)),
+        hazards=tuple(dict.fromkeys(map(str, hazards))),
+    )
+
+
+_ROOT = Path(__file__).parents[2]
+
+
+@functools.cache
+def _sources() -> bytes:
+    """Digest of everything but the kernels that an outcome depends on."""
+    digest = hashlib.sha256()
+    for pattern in (
+        *("gfx950/*.py", "tests/isa/executions.py", "benchmarks/kernel_cases.py"),
+        *("dsv4_plugin/*.py", "dsv4_plugin/ops/*.py", "dsv4_plugin/runtime/*.py"),
+        "dsv4_plugin/cache/*.py",
+    ):
+        for path in sorted(_ROOT.glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def key(case: Case, options: Options) -> str | None:
+    """A name for the outcome of a call: its code objects, grids, options, and all sources that it
+    depends on. None for a call that is refused."""
+    compiled = compile_only(case)
+    if isinstance(compiled, str):
+        return None
+    watches = [watch.__name__ for watch in options.watches]
+    digest = hashlib.sha256(_sources())
+    digest.update(f"{case.name} {replace(options, watches=())} {watches}".encode())
+    for each in compiled:
+        digest.update(each.hsaco + repr(each.grid).encode())
+    return digest.hexdigest()[:32]
+
+
+def table(outcomes: dict[Case, Outcome]) -> list[list[str]]:
+    """Rows operator × language: calls, launches, instructions, matrix instructions, the largest
+    error of what is allowed, hazards."""
+    rows = []
+    for operator, implementation in kernels():
+        mine = [
+            found
+            for case, found in outcomes.items()
+            if (case.operator, case.implementation) == (operator, implementation.name)
+            and not found.refused
+        ]
+        worst = max(mine, key=lambda each: each.error / (each.limit or 1.0))
+        matrix = {name.removeprefix("v_mfma_f32_") for each in mine for name in each.matrix}
+        matrix = {name.replace("v_mfma_scale_f32_", "scaled ") for name in matrix}
+        cells = (
+            f"`{operator}`",
+            implementation.name,
+            len(mine),
+            sum(each.launches for each in mine),
+            f"{sum(each.instructions for each in mine):,}",
+            ", ".join(sorted(matrix)) or "–",
+            f"{worst.error:.1e} of {worst.limit:.0e}" if worst.limit else "equal",
+            sum(len(each.hazards) for each in mine),
+        )
+        rows.append([str(cell) for cell in cells])
+    return rows
+
+
+HEADER = "operator language calls launches instructions products error hazards".split()
+MARKER = "<!-- executed on a CPU -->"
+DOCUMENT = _ROOT / "docs" / "kernels.md"
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """The table as docs/kernels.md has it."""
+    lines = [HEADER, ["---"] * len(HEADER), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def documented() -> list[list[str]]:
+    """The rows in docs/kernels.md."""
+    text = DOCUMENT.read_text().split(MARKER)[1]
+    lines = itertools.takewhile(lambda line: line.startswith("|"), text.strip().splitlines())
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in list(lines)[2:]]
+
+
+def main() -> None:
+    """Executes everything and renews the table in docs/kernels.md."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    rows = table({case: outcome(case, WATCHED) for case in all_cases()})
+    before, after = DOCUMENT.read_text().split(MARKER)
+    rest = after.strip().splitlines()
+    while rest and rest[0].startswith("|"):
+        rest.pop(0)
+    DOCUMENT.write_text(f"{before}{MARKER}\n{markdown(rows)}\n" + "\n".join(rest) + "\n")
+
+
+if __name__ == "__main__":
+    main()

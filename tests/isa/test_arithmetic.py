@@ -193,6 +193,8 @@ def test_what_the_pseudo_code_leaves_out():
         ("s_ff1_i32_b64 s20, s[4:5]", 12),
         ("s_bcnt1_i32_b32 s20, s4", 2),
         ("s_bcnt1_i32_b64 s20, s[4:5]", 2 + 1),
+        ("s_mov_b32 s20, 1\ns_bitset1_b32 s20, s5", 17),
+        ("s_mov_b32 s20, 17\ns_bitset0_b32 s20, s5", 1),
         ("s_pack_ll_b32_b16 s20, s4, s5", 0x00043000),
         ("s_pack_lh_b32_b16 s20, s4, s5", 0x00003000),
         ("s_pack_hh_b32_b16 s20, s4, s4", 0x00000000),

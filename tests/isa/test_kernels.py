@@ -1,55 +1,70 @@
-"""Every kernel of the package, executed as the machine code that an MI355X would load."""
+"""Every kernel of the package, executed as the machine code that an MI355X would load.
+
+Outside of CI a call whose code objects and sources are those of a run before is not run again:
+pytest's cache holds its outcome (`pytest --cache-clear` forgets it).
+"""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import os
 
 import executions
 import pytest
-from executions import Case, Execution
+import triton
+from executions import WATCHED, Case, Outcome
 
-from gfx950.hazards import check_waits
 from gfx950.machine import Options
-from gfx950.races import Alignment, GlobalRaces, LocalRaces, Trace
-from gfx950.wait_states import check_wait_states
+from gfx950.races import Trace
 
 CASES = executions.all_cases()
-LOCKSTEP = Options(watches=(LocalRaces, GlobalRaces, Alignment))
 ALONE = Options(seed=1, together=False, late=True)
 """Each wave on its own from barrier to barrier, in random order; loads arrive when waited for."""
+ORDERS = pytest.mark.parametrize("options", [WATCHED, ALONE], ids=["lockstep", "alone-late"])
+EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+_known: dict[tuple[Case, Options], Outcome] = {}
 
 
-@functools.cache
-def _execution(case: Case, options: Options) -> Execution | str:
-    return executions.execute(case, options)
+@pytest.fixture
+def outcome(request):
+    """The outcome of a call: from this run, from an earlier one, or of a run now."""
+
+    def find(case: Case, options: Options = WATCHED) -> Outcome:
+        if (case, options) in _known:
+            return _known[case, options]
+        key = None if os.environ.get("CI") else executions.key(case, options)
+        kept = key and request.config.cache.get(f"isa/{key}", None)
+        found = Outcome(**kept) if kept else executions.outcome(case, options)
+        if key and found.error <= found.limit and not found.hazards:
+            request.config.cache.set(f"isa/{key}", dataclasses.asdict(found))
+        _known[case, options] = found
+        return found
+
+    return find
 
 
-@pytest.mark.parametrize("options", [LOCKSTEP, ALONE], ids=["lockstep", "alone-late"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_equals_the_reference(case: Case, options: Options):
+@ORDERS
+@EACH
+def test_equals_the_reference(case: Case, options: Options, outcome):
     """The same tolerance as on a GPU, whatever the order of waves and of loads."""
-    found = _execution(case, options)
-    if isinstance(found, str):
-        pytest.skip(found)
+    found = outcome(case, options)
+    if found.refused:
+        pytest.skip(found.refused)
     assert found.launches, "the wrapper launched nothing"
-    assert found.passed, f"{found.error:.2e} off, {found.limit:.0e} is allowed"
+    assert found.error <= found.limit
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_has_no_hazards(case: Case):
+@EACH
+def test_has_no_hazards(case: Case, outcome):
     """On no path is a register used before its load arrived or too soon after a write; waves meet
     nowhere in LDS or global memory without something that orders them."""
-    found = _execution(case, LOCKSTEP)
-    if isinstance(found, str):
-        pytest.skip(found)
-    findings = list(found.findings)
-    for each in found.launches:
-        ran = each.program
-        findings += check_waits(ran) + check_wait_states(ran)
-    assert not findings, "\n".join(map(str, dict.fromkeys(findings)))
+    found = outcome(case)
+    if found.refused:
+        pytest.skip(found.refused)
+    assert not found.hazards, "\n".join(found.hazards)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@EACH
 def test_uses_no_bits_that_nobody_set(case: Case):
     """Registers, LDS and the ground between buffers start with other bits: every address, stored
     value and branch stays the same."""
@@ -66,10 +81,20 @@ def test_uses_no_bits_that_nobody_set(case: Case):
 @pytest.mark.parametrize(
     ("operator", "implementation"), [(name, each.name) for name, each in executions.kernels()]
 )
-def test_every_kernel_is_executed(operator: str, implementation: str):
+def test_every_kernel_is_executed(operator: str, implementation: str, outcome):
     """At least one call of it is taken, not refused."""
     mine = [c for c in CASES if (c.operator, c.implementation) == (operator, implementation)]
-    assert any(not isinstance(_execution(case, LOCKSTEP), str) for case in mine), (
+    assert any(not outcome(case).refused for case in mine), (
         f"no call in runtime/cases.py or benchmarks/kernel_cases.py that {implementation} of"
         f" {operator} takes"
     )
+
+
+def test_the_table_is_as_executed(outcome):
+    """docs/kernels.md, but for the error, which depends on this CPU's order of sums."""
+    if triton.__version__ != "3.8.0":
+        pytest.skip(f"the table is of Triton 3.8.0, this is {triton.__version__}")
+    error = executions.HEADER.index("error")
+    now, kept = executions.table({c: outcome(c) for c in CASES}), executions.documented()
+    without = [[[*row[:error], *row[error + 1 :]] for row in rows] for rows in (now, kept)]
+    assert without[0] == without[1], "renew it: python tests/isa/executions.py"
