@@ -1,6 +1,7 @@
 # make test     lint, then all tests, on a CPU, with the real host
 # make test-all these, and longer ones: 3,000 requests drawn at random against one server
 # make lint     format and the linter's rules (pyproject.toml, [tool.ruff]); `ruff format .` formats
+# make test-isa every wait, barrier, s_nop and LDS offset of some kernels taken out, one at a time: who finds it
 # make demo     the trained tiny checkpoint, the real server, facts recalled from a long text
 # make install  .venv with this package, SGLang and the test tools; done once, again when pyproject.toml changes
 
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.dsv4-installed
 
-.PHONY: install lint test test-all demo
+.PHONY: install lint test test-all test-isa demo
 
 install: $(INSTALLED)
 
@@ -35,6 +36,10 @@ test: lint
 test-all: test
 	$(BIN)/python -m pytest -m thorough $(ARGS)
 	$(BIN)/python -m pytest tests/host/test_api.py -k every_request --hypothesis-profile thorough
+
+test-isa: install
+	$(BIN)/python -m pytest --numprocesses 2 tests/isa $(ARGS)
+	$(BIN)/python tests/isa/mutants.py
 
 demo: install
 	$(BIN)/python examples/demo.py $(ARGS)
