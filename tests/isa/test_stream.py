@@ -42,10 +42,14 @@ def test_decoders_agree(case):
     for each in compiled:
         ran = each.program
         lines, at = text_of(each.compiled.asm["amdgcn"]), ran.kernel.accumulators_at
-        assert len(lines) == len(ran.instructions)
-        for line, i in zip(lines, ran.instructions.values()):
+        decoded = iter(ran.instructions.values())
+        for line in lines:
+            i = next(decoded)
+            while i.name == "s_nop" and not line.startswith("s_nop"):
+                i = next(decoded)  # fills up to an aligned loop, which the text says otherwise
             name = re.sub(r"_(e32|e64|dpp|sdwa)$", "", line.split()[0])
             assert name in (i.name, f"{i.name}_b32"), line  # v_accvgpr_read(_b32)
             read, written = registers.registers(i, at)
             special = registers.SCALAR + 104
             assert {r for r in read | written if r < special} == named(line, at), line
+        assert next(decoded, None) is None
