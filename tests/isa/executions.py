@@ -244,7 +244,7 @@ def table(outcomes: dict[Case, Outcome]) -> list[list[str]]:
             sum(each.launches for each in mine),
             f"{sum(each.instructions for each in mine):,}",
             ", ".join(sorted(matrix)) or "–",
-            f"{worst.error:.1e} of {worst.limit:.0e}" if worst.limit else "equal",
+            f"{worst.error:.1e} of {worst.limit:.0e}" if worst.error else "equal",
             sum(len(each.hazards) for each in mine),
         )
         rows.append([str(cell) for cell in cells])
