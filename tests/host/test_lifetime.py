@@ -39,9 +39,9 @@ def wait_for(condition, seconds: float) -> bool:
     ("number", "reached", "seconds"),
     [
         # The detokenizer and the second rank are still importing then.
-        pytest.param(signal.SIGTERM, "Load weight begin", 15, id="TERM while weights load"),
+        pytest.param(signal.SIGTERM, "Load weight begin", 60, id="TERM while weights load"),
         # What still imports leaves when it has.
-        pytest.param(signal.SIGKILL, "server_args=", 120, id="KILL while workers import"),
+        pytest.param(signal.SIGKILL, "server_args=", READY_SECONDS, id="KILL while workers import"),
     ],
 )
 def test_no_process_is_left(golden_dir, tmp_path, number, reached, seconds):
