@@ -2,10 +2,10 @@
 
     python benchmarks/beside_transformers.py [--threads N] [--rounds N] [--json FILE]
 
-Each round times every side once, in turn, so that a machine that others use slows them alike:
-a prefill of the prompt, then greedy decode steps. Times are of the process's own threads on a core
-(CPU seconds over the number of threads are wall seconds on an idle machine), kept as the best of
-the rounds. Ours is the engine without a server (`runtime/engine.py`); transformers caches in memory
+A round is a prefill of the prompt by every side in turn, then greedy decode steps, one of each side
+in turn, so that a machine that others use slows them alike. Kept are the best prefill and the
+median step; `--clock cpu` counts the process's own seconds instead of the wall's. Ours is the
+engine without a server (`runtime/engine.py`); transformers caches in memory
 of its activations' dtype, ours in `serving` in the pages of FP8 that a server has.
 """
 
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -33,15 +34,12 @@ from dsv4_plugin.runtime import Engine
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "tiny"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Times:
-    """The best of the rounds, in seconds."""
+    """The best prefill and the median decode step, in seconds."""
 
-    prefill: float = float("inf")
-    step: float = float("inf")
-
-    def better(self, other: Times) -> None:
-        self.prefill, self.step = min(self.prefill, other.prefill), min(self.step, other.step)
+    prefill: float
+    step: float
 
 
 class Clock:
@@ -133,14 +131,15 @@ def sides(tokens: int) -> dict[str, Callable[[], Ours | Transformers]]:
 def measure(
     made: dict[str, Ours | Transformers], prompt: list[int], rounds: int, steps: int, clock: Clock
 ) -> dict[str, Times]:
-    """Times of every side; a step is the best of the decode steps."""
-    best = {name: Times() for name in made}
+    """Times of every side, all of them in turn."""
+    prefills, decodes = {name: [] for name in made}, {name: [] for name in made}
     for _ in range(rounds):
         for name, side in made.items():
-            prefill = clock.seconds(partial(side.prefill, prompt))
-            step = min(clock.seconds(side.step) for _ in range(steps))
-            best[name].better(Times(prefill, step))
-    return best
+            prefills[name].append(clock.seconds(partial(side.prefill, prompt)))
+        for _ in range(steps):
+            for name, side in made.items():
+                decodes[name].append(clock.seconds(side.step))
+    return {name: Times(min(prefills[name]), statistics.median(decodes[name])) for name in made}
 
 
 def ratios(times: dict[str, Times]) -> dict[str, float]:
