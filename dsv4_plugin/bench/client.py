@@ -1,5 +1,5 @@
-"""One run of the host's own serving benchmark (`bench_serving`) as a process of its own, and what
-it answers."""
+"""One run of the host's own serving benchmark (`sglang.benchmark.serving`) as a process of its
+own, and what it answers."""
 
 from __future__ import annotations
 

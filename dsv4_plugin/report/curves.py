@@ -160,6 +160,27 @@ def _published_point(row: dict[str, Any], isl: int, osl: int, source: str) -> Po
     )
 
 
+def origin(curves: Sequence[Curve]) -> str:
+    """Whose measurements the curves are, in a sentence."""
+    published = [curve for curve in curves if curve.published]
+    own = [curve.column for curve in curves if not curve.published]
+    others = (
+        f"published by others ({published[0].framework}, {published[0].date} to"
+        f" {published[-1].date}), not measured with this package"
+        if published
+        else ""
+    )
+    if not own:
+        return f"All curves are {others}."
+    mine = f"{', '.join(own)}: from the result files given"
+    return f"{mine}; the others are {others}." if published else f"{mine}."
+
+
+def throughput_unit(curves: Sequence[Curve]) -> str:
+    """Of a GPU, unless no curve has one."""
+    return "tokens/s" if all(curve.hardware == "CPU" for curve in curves) else "tokens/s/GPU"
+
+
 def load_results(paths: Iterable[Path]) -> tuple[list[Curve], list[Path]]:
     """Curves of result files, and the JSON files in given directories that hold no result.
 

@@ -20,7 +20,7 @@ from .comparison import (
     levels_within,
 )
 from .cost import CostTable, dollars_per_million
-from .curves import Curve, PublishedTable, load_other_stacks
+from .curves import Curve, PublishedTable, load_other_stacks, origin, throughput_unit
 from .page import Section, markdown, number, page
 from .plot import Limit, draw
 
@@ -103,12 +103,17 @@ class Report:
             if section.paragraphs or section.tables or section.figure
         ]
 
+    @property
+    def _unit(self) -> str:
+        return throughput_unit(self.curves)
+
     def _summary(self) -> Section:
         first = self.curves[0]
         lines = [
+            origin(self.curves),
             f"Workload {first.isl} tokens in, {first.osl} out. Throughput counts input and output"
-            " tokens and is per GPU; interactivity is the median over requests of output tokens"
-            " per second after the first."
+            f" tokens, in {self._unit}; interactivity is the median over requests of output tokens"
+            " per second after the first.",
         ]
         compared = headline(
             [curve for curve in self.curves if curve.published] if self.published else self.curves
@@ -125,11 +130,9 @@ class Report:
             ]
             for curve in self.curves
         ]
+        columns = ("curve", f"peak {self._unit}", "at concurrency", "tokens/s/user", "layout")
         return Section(
-            "Throughput against interactivity",
-            tuple(lines),
-            ((("curve", "peak tokens/s/GPU", "at concurrency", "tokens/s/user", "layout"), peaks),),
-            figure=True,
+            "Throughput against interactivity", tuple(lines), ((columns, peaks),), figure=True
         )
 
     def _iso(self) -> Section:
@@ -137,8 +140,10 @@ class Report:
             [f"{level:g}", *("–" if cell is None else number(cell) for cell in row)]
             for level, row in zip(self.iso.levels, self.iso.cells)
         ]
+        if not rows:
+            return Section("Matched interactivity")
         text = (
-            "Tokens per second per GPU at matched interactivity, interpolated along each curve's"
+            f"{self._unit} at matched interactivity, interpolated along each curve's"
             " Pareto frontier by a monotone cubic (Steffen 1990). – is outside the measured range:"
             " unreachable, never extrapolated."
         )
@@ -207,7 +212,7 @@ class Report:
             "curve",
             "owner",
             "$/GPU/h",
-            "tokens/s/GPU",
+            self._unit,
             "$/M total",
             "$/M input",
             "$/M output",
@@ -236,7 +241,7 @@ class Report:
             "curve",
             "layout",
             "concurrency",
-            "tokens/s/GPU",
+            self._unit,
             "tokens/s/user",
             "TPOT ms",
             *(["note"] if noted else []),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .curves import Curve
+from .curves import Curve, origin, throughput_unit
 from .pareto import Frontier
 
 if TYPE_CHECKING:
@@ -71,12 +71,15 @@ def draw(curves: Sequence[Curve], limit: Limit | None = None) -> Figure:
     lowest, highest = (
         pick(p.tput_per_gpu for curve in curves for p in curve.points) for pick in (min, max)
     )
-    if limit or highest > 10 * lowest:
+    own = not limit and not any(curve.published for curve in curves)
+    if own:
+        axes.set_ylim(bottom=0)
+    elif limit or highest > 10 * lowest:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.set_ylabel("throughput per GPU, input + output (tokens/s/GPU)")
+    axes.set_ylabel(f"throughput, input + output ({throughput_unit(curves)})")
     axes.grid(True, which="major", color="0.88", linewidth=0.8)
     axes.grid(True, which="minor", axis="y", color="0.95", linewidth=0.5)
     figure.legend(
@@ -86,7 +89,8 @@ def draw(curves: Sequence[Curve], limit: Limit | None = None) -> Figure:
         title_fontsize=9.5,
         frameon=False,
         title=(
-            f"{_title(curves)}\nnumbers: concurrency; hollow: beaten by another point of its curve"
+            f"{_title(curves)}\n{origin(curves)}\n"
+            "numbers: concurrency; hollow: beaten by another point of its curve"
         ),
     )
     # The limit goes far beyond any user's interactivity; the axis ends a little after the

@@ -41,7 +41,8 @@ def _units(constants) -> Units:
 
 
 # A logit of 64 heads is 8192 multiply-adds, 2.0 cycles of a SIMD at the rate of FP8, and 3.0 cycles
-# of relu, weights and sums. Two waves a SIMD run each other's part meanwhile; both in a row are 5.0.
+# of relu, weights and sums. Two waves a SIMD run each other's part meanwhile; both in a row are
+# 5.0.
 ISSUE = 5.1
 KERNEL = "indexer_logits_kernel"
 CASES = [

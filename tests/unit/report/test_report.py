@@ -220,3 +220,25 @@ def test_data_files_have_the_suffixes_that_are_packaged():
         if path.is_file() and path.suffix not in (".py", ".pyc")
     }
     assert names <= {".yaml", ".json"}  # the suffixes that pyproject.toml lists
+
+
+def test_a_report_of_a_cpu_says_whose_it_is_and_nothing_of_gpus(result, write, tmp_path):
+    from dsv4_plugin.report.curves import load_results
+    from dsv4_plugin.report.plot import draw
+
+    for conc in (1, 64):
+        write(tmp_path / f"c{conc}.json", result(conc, hw="cpu", tput_per_gpu=10.0 * conc))
+    assert main(["report", str(tmp_path), "--no-published", "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "from the result files given." in text.split("|")[0] and "peak tokens/s |" in text
+    # a factor of 64 between the points, and still an axis from 0
+    [axes] = draw(load_results([tmp_path / "c1.json", tmp_path / "c64.json"])[0]).axes
+    assert axes.get_yscale() == "linear" and axes.get_ylim()[0] == 0 == axes.get_xlim()[0]
+    assert axes.get_ylabel().endswith("(tokens/s)")
+
+
+def test_published_curves_say_that_others_measured_them(published):
+    first_screen = (published / "report.md").read_text().split("|")[0]
+    assert (
+        "published by others" in first_screen and "not measured with this package" in first_screen
+    )
