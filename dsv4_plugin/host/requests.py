@@ -92,6 +92,8 @@ def normalize(request: GenerateReqInput) -> None:
     _check_size(request)
     try:
         host_normalize(request)
+        if request.is_single and not isinstance(request.sampling_params, dict):
+            raise ValueError("sampling_params of one prompt must be one object, not a list")
         if not request.is_single:
             for part in range(len(request.rid)):
                 request[part]  # built here, and kept: a list that is too short ends here

@@ -268,6 +268,8 @@ def _answer(url: str, path: str, body: dict) -> tuple[int, str]:
 @given(drawn_requests(str(TINY)))
 @settings(
     deadline=None,
+    # The same hundred every time; others with --hypothesis-profile thorough.
+    derandomize=settings.default.max_examples <= 100,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 def test_every_request_is_answered(server, drawn):

@@ -111,6 +111,7 @@ REFUSED = [
     (sampling(n=2**31), "more than 65536 sequences"),
     (dict(input_ids=[[5]] * 40, **sampling(n=2000)), "n=2000 of 40 prompts"),
     (dict(sampling_params=[]), "do not fit one another"),
+    (dict(sampling_params=[{"max_new_tokens": 2}]), "must be one object, not a list"),
     (dict(input_ids=[[5], [6]], return_logprob=[True]), "do not fit one another"),
     (dict(return_logprob=True, top_logprobs_num=101), "top_logprobs_num must be from 0 to 100"),
     (dict(return_logprob=True, top_logprobs_num=-1), "top_logprobs_num must be from 0"),
