@@ -70,7 +70,8 @@ def test_preparation():
 
 
 def test_dense():
-    """Two rows of 256 channels: streams of 2048 bytes, a row of 512, codes of 256 and two scales."""
+    """Two rows of 256 channels: streams of 2048 bytes, a row of 512, codes of 256 and two
+    scales."""
     fn, coefficients, codes = 24 * 4 * 256 * 4, 20 * 4, 256 + 2 * 4
     enter = 2048 + 512 + codes + coefficients
     assert floors.mhc(2, 256, 24, True, False).bytes == 2 * enter + fn
