@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .goodput import goodput
+
 CLIENT = "sglang.benchmark.serving"
 """Module of the client; `sglang.bench_serving` is its older name."""
 APIS = {"sglang": "sglang", "openai": "vllm"}
@@ -215,7 +217,8 @@ def measure(
             name: None if value == math.inf else value
             for name, value in figures.items()
             if name not in _DETAILS
-        },
+        }
+        | {"goodput": goodput(figures["ttfts"], figures["itls"], figures["duration"])},
         int(asked.group(1)) if asked else figures["total_output_tokens"],
         words,
     )

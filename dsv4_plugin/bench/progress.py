@@ -22,6 +22,7 @@ from rich.table import Table
 
 from .ablation import Worth
 from .client import Load
+from .goodput import spelled
 from .sweep import Progress
 
 
@@ -71,6 +72,8 @@ def line(name: str, result: Mapping[str, Any], before: bool) -> str:
         f" tokens/s/user, TTFT {1000 * result['median_ttft']:.0f} ms, TPOT"
         f" {1000 * result['median_tpot']:.2f} ms"
     )
+    if result.get("goodput"):
+        text += f", {spelled(result['goodput'])}"
     if "request_rate" in result:
         text += f", at {result['request_rate']:.3g} requests/s"
     if result["spread"] is not None:

@@ -90,6 +90,7 @@ class Bench:
             "osl": self.workload.osl,
             **self.server.layout(),
             **inferencex(chosen["figures"], self.server.gpus),
+            "goodput": chosen["figures"].get("goodput"),
             "scenario": load.scenario,
             "repeat": len(runs),
             "spread": apart,

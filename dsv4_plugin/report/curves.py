@@ -38,6 +38,8 @@ class Point:
     tpot_ms: float | None = None
     layout: str = ""
     source: str = ""
+    goodput: dict[str, float] = field(default_factory=dict)
+    """Requests per second that kept a service level, by its name; empty where nobody counted."""
     note: str = ""
     """What a reader must know of this point: runs that differ, warnings of the benchmark."""
 
@@ -307,6 +309,7 @@ def _point(result: dict[str, Any]) -> Point:
         tpot_ms=1000 * float(result["median_tpot"]) if "median_tpot" in result else 1000 / intvty,
         layout=_layout(result),
         source=result["_file"],
+        goodput=result.get("goodput") or {},
         note=_note(result),
     )
 

@@ -23,6 +23,7 @@ from .cost import CostTable, dollars_per_million
 from .curves import Curve, PublishedTable, load_other_stacks, origin, throughput_unit
 from .page import Section, markdown, number, page
 from .plot import Limit, draw
+from .service_levels import SERVICE_LEVELS, SOURCE
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class Report:
         return [directory / "pareto.png", *(directory / name for name in texts)]
 
     def sections(self) -> list[Section]:
-        sections = [self._summary(), self._iso(), self._gains(), self._cost(), *self.further]
+        sections = [self._summary(), self._iso(), self._gains(), self._goodput()]
+        sections += [self._cost(), *self.further]
         if self.published:
             sections.append(_agreement(self.published, disagreements(self.published)))
             sections.append(_other_stacks())
@@ -218,6 +220,31 @@ class Report:
             "$/M output",
         )
         return Section("Cost", tuple(lines), ((columns, rows),) if rows else ())
+
+    def _goodput(self) -> Section:
+        """Empty where no curve comes from a benchmark that judged its requests."""
+        rows = [
+            [
+                curve.column,
+                str(point.concurrency),
+                *(f"{point.goodput[name]:.2f}" for name in SERVICE_LEVELS),
+            ]
+            for curve in self.curves
+            for point in curve.points
+            if point.goodput.keys() >= SERVICE_LEVELS.keys()
+        ]
+        if not rows:
+            return Section("Goodput")
+        text = (
+            "Requests per second that kept a service level, each judged by its own time to the"
+            f" first token and mean time per further one ({SOURCE}). Bounds: "
+            + "; ".join(
+                f"{name} {level.ttft_ms / 1000:g} s and {level.tpot_ms:g} ms"
+                for name, level in SERVICE_LEVELS.items()
+            )
+            + "."
+        )
+        return Section("Goodput", (text,), ((("curve", "concurrency", *SERVICE_LEVELS), rows),))
 
     def _points(self) -> Section:
         noted = any(point.note for curve in self.curves for point in curve.points)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from .curves import Curve, origin, throughput_unit
 from .pareto import Frontier
+from .service_levels import SERVICE_LEVELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,6 +97,7 @@ def draw(curves: Sequence[Curve], limit: Limit | None = None) -> Figure:
     # The limit goes far beyond any user's interactivity; the axis ends a little after the
     # measurements.
     axes.set_xlim(0, 1.05 * max(point.intvty for curve in curves for point in curve.points))
+    _draw_service_levels(axes)
     bottom = lower if lower is not None else axes
     bottom.set_xlabel("interactivity (tokens/s/user)")
     if lower is not None:
@@ -104,6 +106,23 @@ def draw(curves: Sequence[Curve], limit: Limit | None = None) -> Figure:
         lower.grid(True, color="0.9", linewidth=0.7)
     _label_concurrency(figure, axes, curves, colours)
     return figure
+
+
+def _draw_service_levels(axes: Axes) -> None:
+    """A line at the interactivity that each service level asks for, where the axis reaches it."""
+    for name, level in SERVICE_LEVELS.items():
+        if level.intvty < axes.get_xlim()[1]:
+            axes.axvline(level.intvty, color="0.6", linestyle=":", linewidth=1.0, zorder=0)
+            axes.annotate(
+                f"{name}: TPOT {level.tpot_ms:g} ms",
+                (level.intvty, 0.02),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, 0),
+                textcoords="offset points",
+                rotation=90,
+                fontsize=7,
+                color="0.45",
+            )
 
 
 def _colours(count: int) -> list[tuple[float, ...]]:

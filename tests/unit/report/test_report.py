@@ -242,3 +242,22 @@ def test_published_curves_say_that_others_measured_them(published):
     assert (
         "published by others" in first_screen and "not measured with this package" in first_screen
     )
+
+
+def test_goodput_stands_in_the_report_and_its_levels_in_the_figure(result, write, tmp_path):
+    counted = {"server": 1.25, "interactive": 0.5}
+    path = write(tmp_path / "own.json", [result(1, goodput=counted), result(8)])
+    assert main(["report", str(path), "--no-published", "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "server 2 s and 80 ms; interactive 1.5 s and 15 ms" in text
+    [row] = [line for line in text.splitlines() if "1.25" in line and "0.50" in line]
+    assert "| 1 |" in row
+    drawn = (tmp_path / "out" / "pareto.svg").read_text()
+    assert "server: TPOT 80 ms" in drawn and "interactive: TPOT 15 ms" in drawn
+
+
+def test_curves_that_nobody_judged_have_no_goodput(published):
+    assert "Goodput" not in (published / "report.md").read_text()
+    # the fastest published user has 57 tokens/s, less than interactive's 67: its line is not drawn
+    drawn = (published / "pareto.svg").read_text()
+    assert "server: TPOT 80 ms" in drawn and "interactive: TPOT" not in drawn
