@@ -8,10 +8,13 @@ from collections.abc import Iterable
 
 def suggestion(name: str, known: Iterable[str], otherwise: str = "", prefix: str = "") -> str:
     """ "did you mean X?" when a known name is near, `otherwise` (by default all known names) when
-    none is. A `prefix` that all names share does not make them nearer."""
+    none is. A name that goes on where a known one ends is near it; a `prefix` that all names share
+    does not make them nearer."""
     known = list(known)
     bare = [each.removeprefix(prefix) for each in known]
-    near = difflib.get_close_matches(name.removeprefix(prefix), bare, n=1)
+    asked = name.removeprefix(prefix)
+    near = difflib.get_close_matches(asked, bare, n=1)
+    near = near or [each for each in bare if each and asked.startswith(f"{each}_")]
     if near:
         return f"did you mean {prefix}{near[0]}?"
     return otherwise or f"there are {', '.join(known)}"

@@ -92,6 +92,7 @@ def test_index_logits_over_pages():
         query=torch.zeros(4, dtype=torch.int64),
         request=torch.arange(4),
         max_queries=1,
+        max_seq_len=512,
     )
     found = indexer_logits.reference(q, weights, cache, plan)
     # fp32 sums of 128 products and of the heads, in another order.
