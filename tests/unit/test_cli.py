@@ -136,7 +136,6 @@ def test_missing_package_names_the_remedy(capsys, monkeypatch, tmp_path):
         ("lm_eval", "dsv4_plugin[bench]"),
         ("flydsl", "dsv4_plugin[flydsl]"),
         ("sglang.srt", "dsv4_plugin[host]"),
-        ("torch", "dsv4_plugin[host]"),
         ("yaml", "install dsv4_plugin brings"),
     ],
 )
