@@ -85,16 +85,15 @@ class Timer:
         self.device = device
         self._flush = torch.empty(flush_bytes, dtype=torch.uint8, device=device)
 
-    def times(self, run: Callable[[], object]) -> Times:
-        """Times of `run`, which has run before."""
+    def times(self, run: Callable[[], object], capture: bool | None = None) -> Times:
+        """Times of `run`, which has run before; it is captured when it is short, or as `capture`
+        says."""
         rough = min(self._once(run, cold=False) for _ in range(3))
         cold, warm = self._repeat(run, rough, cold=True), self._repeat(run, rough, cold=False)
-        if self.device.type != "cuda" or rough > _SMALL:
-            return Times(
-                cold,
-                warm,
-                no_graph="over a millisecond" if self.device.type == "cuda" else "no GPU",
-            )
+        if self.device.type != "cuda":
+            return Times(cold, warm, no_graph="no GPU")
+        if not (rough <= _SMALL if capture is None else capture):
+            return Times(cold, warm, no_graph="not asked for" if capture is False else "long")
         try:
             one, calls = self._captured(run, 1), max(1, min(20, int(_SMALL / rough)))
             many = self._captured(run, calls)

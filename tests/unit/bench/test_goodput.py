@@ -8,8 +8,8 @@ from dsv4_plugin.bench.goodput import goodput, spelled
 
 
 def test_each_request_is_judged_by_itself():
-    """Four requests in two seconds: quick; slow to start; slow to go on; quick enough for the looser
-    level alone. Means would hide the second and third behind the first."""
+    """Four requests in two seconds: quick; slow to start; slow to go on; quick enough for the
+    looser level alone. Means would hide the second and third behind the first."""
     ttfts = [0.5, 2.5, 1.0, 1.8]
     itls = [[0.010] * 9, [0.001] * 9, [0.2] * 9, [0.02, 0.10]]
     assert goodput(ttfts, itls, duration=2.0) == {"server": 1.0, "interactive": 0.5}
