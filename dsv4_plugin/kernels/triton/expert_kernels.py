@@ -260,10 +260,10 @@ def _activation_scale(
     BLOCK_K: tl.constexpr,
 ):
     """Scales of rows at inputs k .. k + BLOCK_K - 1: ue8m0 bytes, one a 32 inputs, for e2m1; fp32
-    for e4m3; nothing for bf16 rows."""
+    for e4m3; 1 for bf16 rows."""
     groups: tl.constexpr = (IN + _BLOCK - 1) // _BLOCK
     if not ROUNDED:
-        return None
+        return 1.0
     elif WEIGHTS == "fp4":
         group = (tl.arange(0, BLOCK_K // _SCALED) + k // _SCALED) // (_BLOCK // _SCALED)
         mask = real[:, None] & (group < groups)[None, :]
