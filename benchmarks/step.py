@@ -84,11 +84,14 @@ def parallel(layout: Layout) -> Parallel:
     return Parallel(Group(size=layout.attention_tp), *expert, gpus, gpus)
 
 
-def fill(model: nn.Module) -> None:
+def fill(model: DeepseekV4) -> None:
     """Random weights: results of each matrix are about as large as its inputs."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            _fill(name, parameter.data, getattr(module, "weight", None))
+            if parameter.dtype == torch.int64:  # the table of a hash-routed layer
+                parameter.data.random_(0, model.geometry.n_routed_experts)
+            else:
+                _fill(name, parameter.data, getattr(module, "weight", None))
 
 
 def _fill(name: str, data: Tensor, weight: Tensor | None) -> None:
@@ -102,8 +105,6 @@ def _fill(name: str, data: Tensor, weight: Tensor | None) -> None:
         inputs = data.shape[-1] * (32 if fp4 else 128)
         middle = 127 - (2 if fp4 else 5) - round(math.log2(inputs) / 2)
         raw.random_(middle - 1, middle + 1)
-    elif data.dtype == torch.int64:
-        data.random_(0, 256)
     elif data.ndim == 1:
         data.fill_(1.0) if name == "weight" else data.normal_(0, 0.1)
     else:
@@ -210,7 +211,6 @@ class Bench:
             return model.logits(model.collapse(rows))
 
         out = run()
-        torch.cuda.synchronize()
         if not out.isfinite().all():
             raise SystemExit("step.py: error: logits are not finite; a time of them says nothing")
         return self.timer.times(run, capture=decode)
