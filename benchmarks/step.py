@@ -2,7 +2,7 @@
 graph.
 
     python benchmarks/step.py [--model pro] [--layout tp8] [--context 8192] [--batch 1,8,32,128]
-                              [--prefill 2048,8192] [--out FILE.json]
+                              [--prefill 2048,8192] [--profile] [--out FILE.json]
 
 Two depths of the same model are timed, with random weights in the released form: the first layers
 and some more. Their difference is what a layer takes, from which a step of the whole model is
@@ -59,6 +59,8 @@ class Row:
     """All layers and what is outside of them, reckoned."""
     graph: bool
     times: dict[str, Any]
+    kernels: list[dict[str, Any]]
+    """Of the deep model."""
 
     @property
     def over_floor(self) -> float:
@@ -132,8 +134,9 @@ def fill_caches(engine: Engine, template: int = 64) -> None:
 class Bench:
     """Models of both depths on one GPU."""
 
-    def __init__(self, name: str, layout: Layout, device: torch.device):
+    def __init__(self, name: str, layout: Layout, device: torch.device, profile: bool = False):
         self.geometry, self.layout, self.device = load_geometry(name), layout, device
+        self.profile, self._kernels = profile, []
         self.timer = Timer(device)
         self.peaks = self.timer.peaks()
         deep = DeepseekV4(
@@ -156,7 +159,7 @@ class Bench:
     @torch.inference_mode()
     def decode(self, batch: int, context: int) -> Row:
         """A step of `batch` requests that hold `context` tokens after it."""
-        times = {}
+        times, self._kernels = {}, []
         for depth, model in self.models.items():
             engine = Engine(model, max_tokens=batch * (context + PAGE_TOKENS), max_requests=batch)
             fill_caches(engine)
@@ -172,7 +175,7 @@ class Bench:
     @torch.inference_mode()
     def prefill(self, tokens: int) -> Row:
         """A chunk of one request from its first token on."""
-        times = {}
+        times, self._kernels = {}, []
         for depth, model in self.models.items():
             engine = Engine(model, max_tokens=tokens + PAGE_TOKENS, max_requests=1)
             plan = engine.plan([(engine.open(), tokens)])
@@ -213,6 +216,8 @@ class Bench:
         out = run()
         if not out.isfinite().all():
             raise SystemExit("step.py: error: logits are not finite; a time of them says nothing")
+        if self.profile and model is self.models[DEEP]:
+            self._kernels = profiled(run)
         return self.timer.times(run, capture=decode)
 
     def _row(self, step: str, times: dict[int, Times], floor: float) -> Row:
@@ -228,7 +233,23 @@ class Bench:
             whole,
             deep.graph_warm is not None,
             {str(depth): asdict(each) for depth, each in times.items()},
+            self._kernels,
         )
+
+
+def profiled(run: Callable[[], object], most: int = 40) -> list[dict[str, Any]]:
+    """Kernels of one call by the time they take together: name, launches, microseconds."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    kernels = [each for each in found.key_averages() if each.device_time_total]
+    kernels.sort(key=lambda each: -each.device_time_total)
+    return [
+        {"kernel": each.key[:70], "launches": each.count, "us": each.device_time_total}
+        for each in kernels[:most]
+    ]
 
 
 def counts(text: str) -> list[int]:
@@ -253,6 +274,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--batch", type=counts, default=[1, 8, 32, 128])
     parser.add_argument("--prefill", type=counts, default=[2048, 8192])
+    parser.add_argument("--profile", action="store_true", help="also say what each kernel takes")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     arguments = parser.parse_args(words)
     if not torch.cuda.is_available():
@@ -260,7 +282,7 @@ def main(words: list[str] | None = None) -> int:
         return 2
     device = torch.device("cuda")
     torch.manual_seed(0)
-    bench = Bench(arguments.model, arguments.layout, device)
+    bench = Bench(arguments.model, arguments.layout, device, arguments.profile)
     rows: list[Row] = []
     works: list[Callable[[], Row]] = [
         *(lambda b=b: bench.decode(b, arguments.context) for b in arguments.batch),
@@ -269,6 +291,8 @@ def main(words: list[str] | None = None) -> int:
     for work in works:
         rows.append(work())
         print(line(rows[-1]), flush=True)
+        for kernel in rows[-1].kernels:
+            print(f"  {kernel['us']:9.1f} us {kernel['launches']:4} x {kernel['kernel']}")
         torch.cuda.empty_cache()
     ran = {
         name: sorted({row.implementation for row in operator.rows()})

@@ -44,15 +44,23 @@ def begun(model) -> tuple[Engine, list]:
     return engine, sequences
 
 
-def test_logits_are_those_of_the_cpu(model):
-    """Mean over tokens of the divergence from `exact` on the CPU; the others add roundings."""
+def divergence(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Of the next token's distribution, mean over tokens."""
+    want, got = reference.log_softmax(-1), logits.cpu().log_softmax(-1)
+    return (want.exp() * (want - got)).sum(-1).mean()
+
+
+def test_logits_are_as_near_as_those_of_the_cpu(model, monkeypatch):
+    """Divergence from `exact` on the CPU beside that of the same roundings there: FP8 matrices and
+    activations, as a GPU has them."""
+    monkeypatch.setenv("DSV4_WEIGHTS", "packed")
     text = PROMPTS[2]
-    want = Engine(loaded("exact", "cpu"), 2048, 2).score(text).log_softmax(-1)
-    got = Engine(model, 2048, 2).score(text).cpu().log_softmax(-1)
-    divergence = (want.exp() * (want - got)).sum(-1)
-    # fp32 sums in another order; else the margin of the gate (accuracy/gate.py)
-    limit = 1e-6 if model.precision is Precision.EXACT else 2e-3
-    assert divergence.mean() < limit
+    want, here = Engine(loaded("exact", "cpu"), 2048, 2).score(text), model.precision.value
+    got = divergence(Engine(model, 2048, 2).score(text), want)
+    if model.precision is Precision.EXACT:
+        assert got < 1e-6  # fp32 sums in another order
+    else:  # the same kinds of roundings, of other values
+        assert got < 1.5 * divergence(Engine(loaded(here, "cpu"), 2048, 2).score(text), want)
 
 
 @torch.inference_mode()

@@ -45,11 +45,13 @@ def everything(cache: PackedLatentCache) -> torch.Tensor:
     return cache.load(torch.arange(cache.pages.shape[0] * cache.slots_per_page))
 
 
-def assert_same_but_for_rounding(got: torch.Tensor, want: torch.Tensor, step: float):
+def assert_same_but_for_rounding(
+    got: torch.Tensor, want: torch.Tensor, step: float, ties: float = 0.0
+):
     # The mean of squares is summed in another order, which moves the norm by some 1e-7: a value
     # that lies that close to the border of two representable ones rounds to the other, one step
-    # away.
-    assert (got != want).float().mean() < either(2e-3, 5e-3)
+    # away. `ties` is the share of values that lie on it.
+    assert (got != want).float().mean() < either(2e-3, 5e-3) + ties
     # Where e4m3 is subnormal its step is scale / 512, below 2^-16 of the largest value of the
     # block.
     torch.testing.assert_close(
@@ -92,7 +94,10 @@ def test_extreme_magnitudes(scale):
     reference's."""
     slots = torch.tensor([1, 2])
     (q, cache), (want_q, want) = run_both(make_inputs(2, 2, scale=scale), slots, 1, 256)
-    assert_same_but_for_rounding(q, want_q, BF16_STEP)
+    # Squares that vanish leave the norm at eps^-1/2 = 1000 = 125 * 8, give or take a last bit: a
+    # product of 8 by 7 bits has 7 bits past bf16's, and is a tie once in 2^7.
+    ties = 2 * 2**-7 if scale == 1e-30 else 0.0
+    assert_same_but_for_rounding(q, want_q, BF16_STEP, ties)
     assert_same_but_for_rounding(cache.load(slots), want.load(slots), FP8_STEP)
 
 
