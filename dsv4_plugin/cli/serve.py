@@ -145,7 +145,7 @@ def memory_lines(arguments: argparse.Namespace) -> tuple[str, ...]:
 
     geometry, host = Geometry.from_dir(arguments.model), _host_options(arguments.other)
     on_cpu = arguments.cpu or device.arch() == device.CPU
-    plain = 2 if flags.precision() is Precision.SERVING else 4
+    decoded = on_cpu or flags.precision() is not Precision.SERVING
     layout = Layout(arguments.tp, 1, arguments.ep)
     context = min(
         host.context_length or geometry.max_position_embeddings, geometry.max_position_embeddings
@@ -159,7 +159,7 @@ def memory_lines(arguments: argparse.Namespace) -> tuple[str, ...]:
         requests=host.max_running_requests or plans.RUNNING_REQUESTS,
         chunk=host.chunked_prefill_size or plans.CHUNK,
         fraction=host.mem_fraction_static or plans.MEMORY_FRACTION,
-        dense=plain if on_cpu or plain == 4 else None,
+        dense=4 if decoded else None,
         most_tokens=host.max_total_tokens or (CPU_POOL_TOKENS if arguments.cpu else None),
     )
     lacking = plan.lacking()

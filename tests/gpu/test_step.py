@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv4_plugin.checkpoint.load import load_checkpoint
 from dsv4_plugin.config import Geometry, Precision
 from dsv4_plugin.model import DeepseekV4
 from dsv4_plugin.runtime import Engine
@@ -23,6 +22,8 @@ PROMPTS = [[_random.randrange(4, 2000) for _ in range(length)] for length in (7,
 
 
 def loaded(precision: str, device: str) -> DeepseekV4:
+    from dsv4_plugin.checkpoint.load import load_checkpoint  # a bare machine may lack safetensors
+
     model = DeepseekV4(
         Geometry.from_dir(TRAINED), Precision(precision), device=device, parts="backbone"
     )

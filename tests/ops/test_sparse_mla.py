@@ -188,4 +188,5 @@ def test_a_latent_that_is_no_number_reaches_only_rows_that_list_it():
     got = case.run()
     assert got[2].isnan().any()
     others = torch.arange(6) != 2
-    torch.testing.assert_close(got[others], want[others], rtol=0, atol=1e-6)
+    # values up to 4, and where memory begins decides in which order a BLAS sums
+    torch.testing.assert_close(got[others], want[others], rtol=0, atol=4e-6)

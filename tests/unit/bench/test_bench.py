@@ -445,7 +445,7 @@ class TestAblation:
 
     def test_another_variable_insists(self):
         with pytest.raises(flags.FlagError, match="contradict"):
-            ablation.without("indexer_logits", {"SGLANG_OPT_USE_TILELANG_INDEXER": "1"})
+            ablation.without("sparse_mla", {"SGLANG_HACK_FLASHMLA_BACKEND": "triton"})
 
 
 class TestClient:

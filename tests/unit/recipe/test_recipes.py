@@ -431,25 +431,16 @@ class TestAgainstTheInstalledHost:
         assert main(["recipe", "run", str(recipe_file(arguments={"page-size": 64}))]) == 2
         assert "would become 256" in capsys.readouterr().err
 
-    def test_run_starts_the_command(self, recipe_file, capfd, monkeypatch, tmp_path):
-        """The process is replaced by `dsv4`, here a program that says what it was given."""
-        stand_in = tmp_path / "dsv4"
-        stand_in.write_text('#!/bin/sh\necho "$DSV4_MOE $@"\n')
-        stand_in.chmod(0o755)
-        code = (
-            "from dsv4_plugin.cli import main; main(['recipe', 'run',"
-            f" {str(recipe_file(environment={'DSV4_MOE': 'auto'}))!r}])"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
-        )
-        assert (
-            done.stdout.splitlines()[-1] == "auto serve deepseek-ai/DeepSeek-V4-Flash --tp-size 8"
-        )
+    def test_run_becomes_the_command(self, recipe_file, monkeypatch):
+        """By this Python, whatever PATH holds, in the recipe's environment."""
+        became = []
+        monkeypatch.setattr(os, "execve", lambda *replaced: became.append(replaced))
+        main(["recipe", "run", str(recipe_file(environment={"DSV4_MOE": "auto"}))])
+        [(program, words, environment)] = became
+        assert program == words[0] == sys.executable
+        assert words[1:3] == ["-m", "dsv4_plugin"]
+        assert words[3:] == ["serve", "deepseek-ai/DeepSeek-V4-Flash", "--tp-size", "8"]
+        assert environment == {**os.environ, "DSV4_MOE": "auto"}
 
 
 @pytest.mark.parametrize(
