@@ -63,9 +63,9 @@ MARGINS = {
         " operator does not",
     ),
     "divergence": Margin(
-        0.002,
+        0.004,
         "nats per token from exact's predictions; a wrong operator moves them even where the text's"
-        " loss stays",
+        " loss stays. FP8 activations, which it did not learn with, cost 0.0025 on an H100",
     ),
     "divergence of things": Margin(
         0.05,

@@ -53,6 +53,7 @@ TILES: tuple[tuple[str, str, float, Tiles], ...] = (
     ("gfx950", "", _ANY, WIDE),
     ("gfx", "", 12, Tiles(16, Tile(64, 128, 4, 2, AMD), Tile(128, 128, 4, 1, AMD))),
     ("gfx", "", _ANY, Tiles(64, Tile(64, 64, 4, 2, AMD), Tile(128, 64, 4, 2, AMD))),
+    ("sm_", "fp4", 1 / 16, Tiles(16, Tile(32, 128, 4, 3), Tile(128, 128, 4, 2))),
     ("sm_", "fp4", 12, Tiles(16, Tile(64, 128, 4, 3), Tile(128, 128, 4, 2))),
     # 64 rows at any size: fewer are not multiplied as FP8.
     ("sm_", "", _ANY, Tiles(64, Tile(64, 64, 4, 3), Tile(128, 64, 4, 3))),

@@ -248,7 +248,8 @@ def _project(
     stripes = triton.cdiv(dim, _STRIPE)
     partial = torch.empty(stripes, rows, _COLUMNS.value, dtype=torch.float32, device=streams.device)
     out = streams if y is None else torch.empty(streams.shape, dtype=y.dtype, device=y.device)
-    mhc_project_kernel[(triton.cdiv(rows, _ROWS), stripes)](
+    tile = 2 * _ROWS if rows >= 512 and device.arch().startswith("sm_") else _ROWS
+    mhc_project_kernel[(triton.cdiv(rows, tile), stripes)](
         streams,
         streams.stride(0),
         streams.stride(1),
@@ -263,7 +264,7 @@ def _project(
         dim,
         MIXES=fn.shape[0],
         POST=y is not None,
-        ROWS=_ROWS,
+        ROWS=tile,
         STRIPE=_STRIPE,
         CHANNELS=_CHANNELS,
         num_warps=4,

@@ -325,7 +325,8 @@ class Tiling:
 
     @property
     def num_warps(self) -> int:
-        return 8 if self.block_rows * self.block_tokens >= 128 * 64 else 4
+        large = self.block_rows * self.block_tokens >= 128 * 64
+        return 8 if large and not device.arch().startswith("sm_") else 4
 
     @property
     def num_stages(self) -> int:
@@ -352,6 +353,8 @@ def tiling(tokens: int, rows: int, inputs: int, whole_blocks: bool = False) -> T
         max(16, triton.next_power_of_2(tokens)), 64 if tokens < 256 else _most_tokens()
     )
     block_rows = least if tokens < 256 else BLOCK
+    if device.arch().startswith("sm_") and tokens >= 256:  # 64 by 128, what four warps hold
+        block_rows, block_tokens = least, BLOCK * BLOCK // 2 // least
     programs = triton.cdiv(rows, block_rows) * triton.cdiv(tokens, block_tokens)
     return Tiling(
         block_rows, block_tokens, chunk, chunks, chunks > 1 and programs < _LEAST_PROGRAMS

@@ -21,8 +21,8 @@ TILES: tuple[tuple[str, int, Tiles], ...] = (
     ("gfx", 16, Tiles(16, Tile(32, 128, 2, 2, AMD), Tile(64, 128, 4, 1, AMD))),
     ("gfx", 1 << 62, Tiles(64, Tile(64, 128, 4, 2, AMD), Tile(128, 128, 4, 2, AMD))),
     # 64 rows at any size: fewer are not multiplied as FP8.
-    ("sm_", 256, Tiles(64, Tile(32, 128, 4, 3), Tile(64, 128, 4, 3))),
-    ("sm_", 1 << 62, Tiles(64, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3))),
+    ("sm_", 256, Tiles(64, Tile(16, 128, 4, 3), Tile(64, 128, 4, 3))),
+    ("sm_", 1 << 62, Tiles(64, Tile(128, 128, 8, 4), Tile(128, 128, 4, 3))),
     ("cpu", 1 << 62, Tiles(64, Tile(128, 128, 1, 1), Tile(512, 128, 1, 1))),  # interpreted
 )
 """(architecture prefix, most rows, tiles); the first row that fits is taken."""

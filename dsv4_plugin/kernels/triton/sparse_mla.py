@@ -73,7 +73,8 @@ _TILE_TABLE: tuple[tuple[str, int, Tile], ...] = (
     ("gfx", 32, Tile(32, 32, 2, 2, _AMD)),
     ("gfx", 128, Tile(64, 32, 4, 1, _AMD)),
     ("sm_", 16, Tile(16, 32, 4, 2)),
-    ("sm_", 128, Tile(32, 32, 8, 1)),
+    ("sm_", 32, Tile(32, 32, 4, 1)),
+    ("sm_", 128, Tile(64, 64, 8, 1)),
     ("cpu", 128, Tile(16, 128, 1, 1)),  # interpreted: an operation takes as long on any tile
 )
 _COMPUTE_UNITS = {"gfx950": 256, "gfx942": 304, "sm_90": 132}
@@ -382,5 +383,6 @@ def sparse_mla(q: Tensor, *rest: Any) -> Tensor:
     """The operator of the same name on any GPU; see `launch`."""
     tile = _tile(q.shape[1])
     pin = "=r,0" if device.arch().startswith("sm_") else "=v,0"
-    constants = {"PIN": pin, "num_warps": tile.warps, "num_stages": 1, **tile.options}
+    stages = 2 if device.arch().startswith("sm_") else 1
+    constants = {"PIN": pin, "num_warps": tile.warps, "num_stages": stages, **tile.options}
     return launch(Walk(_attend, tile.heads, tile.slots, tile.workgroups, constants), q, *rest)
