@@ -18,15 +18,21 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
+def _alone(x: Tensor) -> Tensor:
+    return x.unsqueeze(0)
+
+
 @dataclass(frozen=True)
 class Group:
     """One process's place in a group; `all_reduce` returns the sum of its argument over the group,
-    `broadcast` the argument that rank 0 gave."""
+    `broadcast` the argument that rank 0 gave, `all_gather` those of all ranks in their order [size,
+    ...]."""
 
     rank: int = 0
     size: int = 1
     all_reduce: Callable[[Tensor], Tensor] = _identity
     broadcast: Callable[[Tensor], Tensor] = _identity
+    all_gather: Callable[[Tensor], Tensor] = _alone
 
     def slice(self, total: int) -> slice:
         """This rank's contiguous share of `total` rows."""

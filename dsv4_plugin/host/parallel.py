@@ -13,8 +13,15 @@ def _group(coordinator) -> Group:
         # The host reduces in place where it can; its CPU path takes contiguous tensors only.
         return coordinator.all_reduce(x.contiguous())
 
+    def all_gather(x: Tensor) -> Tensor:
+        return coordinator.all_gather(x.unsqueeze(0), dim=0)
+
     return Group(
-        coordinator.rank_in_group, coordinator.world_size, all_reduce, coordinator.broadcast
+        coordinator.rank_in_group,
+        coordinator.world_size,
+        all_reduce,
+        coordinator.broadcast,
+        all_gather,
     )
 
 

@@ -58,9 +58,11 @@ class Build:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Of what the file holds in bf16. On a CPU fp32, exactly: a small product there costs five
-        times as much in bf16, and several are asked for in fp32 anyway."""
-        return torch.float32 if self.device.type == "cpu" else self.dtype
+        """Of what the file holds in bf16. On a CPU that decodes it is fp32, exactly: a small
+        product there costs five times as much in bf16, and several are asked for in fp32 anyway.
+        Kernels that are interpreted read what they read on a GPU, packed matrices and bf16."""
+        on_cpu = self.device.type == "cpu" and not self.packed
+        return torch.float32 if on_cpu else self.dtype
 
     @property
     def packed(self) -> bool:

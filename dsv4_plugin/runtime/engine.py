@@ -266,7 +266,7 @@ class Engine:
             out = [[token] for token in last]
             for _ in range(max_new_tokens - 1):
                 streams = self.forward([(s, [tokens[-1]]) for s, tokens in zip(sequences, out)])
-                for tokens, token in zip(out, sample_greedy(self.logits(streams)).tolist()):
+                for tokens, token in zip(out, self._best(streams).tolist()):
                     tokens.append(token)
             return out
         finally:
@@ -276,4 +276,9 @@ class Engine:
     def _prefill(self, sequence: Sequence, prompt: list[int], chunk: int) -> int:
         for start in range(0, len(prompt), chunk):
             streams = self.forward([(sequence, prompt[start : start + chunk])])
-        return int(sample_greedy(self.logits(streams[-1:])))
+        return int(self._best(streams[-1:]))
+
+    def _best(self, streams: Tensor) -> Tensor:
+        """Token ids int64 [T] of the largest logits of backbone streams, whoever holds their
+        share."""
+        return sample_greedy(self.logits(streams), self.model.parallel.vocab)

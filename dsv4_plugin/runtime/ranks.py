@@ -132,7 +132,7 @@ def _one_rank(
         rank=rank,
         world_size=size,
     )
-    group = Group(rank, size, _all_reduce, _broadcast)
+    group = Group(rank, size, _all_reduce, _broadcast, _all_gather)
     parallel = Parallel(**{name: group for name in GROUPS[layout]})
     where = torch.device("cpu") if device == "cpu" else torch.device(device, rank)
     try:
@@ -162,6 +162,12 @@ def _all_reduce(x: Tensor) -> Tensor:
 def _broadcast(x: Tensor) -> Tensor:
     dist.broadcast(x, 0)
     return x
+
+
+def _all_gather(x: Tensor) -> Tensor:
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts)
 
 
 def _on_ranks(size: int, work: Callable[..., Any], arguments: tuple) -> list[Any]:

@@ -128,7 +128,7 @@ def test_offline_and_bounded_arrivals_become_curves_of_their_own(url, tmp_path, 
 
 
 def test_random_weights_answer_nothing(url, tmp_path, request, capsys):
-    sums = request.config.rootpath / "tests" / "unit" / "bench" / "data" / "sums"
+    sums = request.config.rootpath / "tests" / "unit" / "accuracy" / "data" / "sums"
     out = tmp_path / "scores.json"
     assert (
         main(

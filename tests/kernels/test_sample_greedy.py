@@ -7,6 +7,7 @@ import torch
 
 from dsv4_plugin.kernels.triton import sample_greedy as kernels
 from dsv4_plugin.ops import sample_greedy
+from dsv4_plugin.parallel import Group
 
 NAN, INF = float("nan"), float("inf")
 
@@ -44,6 +45,27 @@ def test_values(logits, stretch, monkeypatch):
     got = kernels.sample_greedy(logits)
     assert got.dtype == torch.int64
     assert torch.equal(got, sample_greedy.reference(logits))
+
+
+@pytest.mark.parametrize("stretch", [8192, 64])
+@pytest.mark.parametrize("logits", VALUES.values(), ids=VALUES)
+def test_shares_of_the_vocabulary(logits, stretch, monkeypatch):
+    """What five ranks choose together is what one chooses from all."""
+    monkeypatch.setattr(kernels, "_STRETCH", stretch)
+    given: dict[int, torch.Tensor] = {}
+
+    def choose(rank: int) -> torch.Tensor:
+        def all_gather(best: torch.Tensor) -> torch.Tensor:
+            given[rank] = best
+            return torch.stack([given.get(each, best) for each in range(5)])
+
+        group = Group(rank, 5, all_gather=all_gather)
+        return kernels.sample_greedy(logits[:, group.slice(700)], group)
+
+    for rank in range(5):  # each learns what the others give only when all have given
+        choose(rank)
+    want = sample_greedy.reference(logits)
+    assert all(torch.equal(choose(rank), want) for rank in range(5))
 
 
 def test_largest_id_of_a_released_vocabulary():

@@ -36,7 +36,14 @@ class Summing:
             self._barrier.wait(60)
             return total
 
-        return Group(rank, SIZE, all_reduce)
+        def all_gather(x):
+            self._parts[rank] = x
+            self._barrier.wait(60)
+            parts = torch.stack(self._parts)
+            self._barrier.wait(60)
+            return parts
+
+        return Group(rank, SIZE, all_reduce, all_gather=all_gather)
 
 
 LAYOUTS = {
@@ -141,6 +148,17 @@ def test_two_ranks_equal_one(directory, prompt, whole, layout):
         d = (joined(results, LAYOUTS[layout], which) - whole[which]).abs().max()
         # Other sums of fp32 products and one more addition per layer; logits reach 10.
         assert d <= 1e-4, ("MTP" if which else "backbone", d)
+
+
+def test_two_ranks_choose_the_tokens_of_one(directory, prompt):
+    """Each rank sees the logits of its half of the vocabulary alone."""
+
+    def work(rank: int, summing: Summing):
+        model = build(directory, Parallel(vocab=summing.group(rank)))
+        return Engine(model, page_seed=3).generate([prompt[:40], prompt[40:97]], 6)
+
+    want = Engine(build(directory), page_seed=3).generate([prompt[:40], prompt[40:97]], 6)
+    assert on_both_ranks(work) == [want, want]
 
 
 @pytest.mark.parametrize("layout, sums", [("tensor", 1), ("tensor and expert", 1), ("expert", 1)])

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...parallel import Group
+
 _STRETCH = 8192
 _LOWEST = tl.constexpr(-(1 << 31))
 _MINUS_INF = tl.constexpr(-(1 << 31) + (1 << 23))
@@ -50,18 +52,22 @@ def best_of_all_kernel(best, out, stretches, BLOCK: tl.constexpr):
     tl.store(out + row, (tl.max(candidate, 0) & _LAST_ID) ^ _LAST_ID)
 
 
-def sample_greedy(logits: Tensor) -> Tensor:
+def sample_greedy(logits: Tensor, group: Group = Group()) -> Tensor:
     """The operator of the same name for fp32 or bf16 logits."""
-    rows, vocab = logits.shape
+    rows, share = logits.shape
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows:
-        stretches = triton.cdiv(vocab, _STRETCH)
+        stretches = triton.cdiv(share, _STRETCH)
         best = torch.empty(rows, stretches, dtype=torch.int64, device=logits.device)
-        block = min(_STRETCH, triton.next_power_of_2(vocab))
+        block = min(_STRETCH, triton.next_power_of_2(share))
         best_of_stretch_kernel[(rows, stretches)](
-            logits, best, logits.stride(0), vocab, BLOCK=block, num_warps=8
+            logits, best, logits.stride(0), share, BLOCK=block, num_warps=8
         )
+        if group.size > 1:
+            # an id lies complemented in the low word: less is a higher id, here that of the whole
+            best = group.all_gather(best - group.rank * share)
+            best = best.transpose(0, 1).flatten(1).contiguous()
         best_of_all_kernel[(rows,)](
-            best, out, stretches, BLOCK=triton.next_power_of_2(stretches), num_warps=1
+            best, out, best.shape[1], BLOCK=triton.next_power_of_2(best.shape[1]), num_warps=1
         )
     return out

@@ -73,8 +73,7 @@ _TILE_TABLE: tuple[tuple[str, int, Tile], ...] = (
     ("gfx", 32, Tile(32, 32, 2, 2, _AMD)),
     ("gfx", 128, Tile(64, 32, 4, 1, _AMD)),
     ("sm_", 16, Tile(16, 32, 4, 2)),
-    ("sm_", 32, Tile(32, 32, 4, 1)),
-    ("sm_", 128, Tile(64, 64, 8, 1)),
+    ("sm_", 128, Tile(32, 64, 8, 1)),
     ("cpu", 128, Tile(16, 128, 1, 1)),  # interpreted: an operation takes as long on any tile
 )
 _COMPUTE_UNITS = {"gfx950": 256, "gfx942": 304, "sm_90": 132}
