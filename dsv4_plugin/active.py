@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,27 +115,43 @@ def summary(rows: Iterable[Row]) -> list[Line]:
 
 
 def text(report: ActiveReport) -> str:
-    """The report as a table of plain text."""
-    head = ("operator", "phase", "layers", "rows", "implementation", "calls", "not taken")
+    """The report as a table of plain text within 80 columns: under an operator, what was not taken
+    and the shape classes where there are several."""
+    head = ("operator", "phase", "layers", "implementation", "calls")
+    lines = summary(report.rows)
     body = [
         (
             line.operator,
             line.phase,
             " ".join(line.layers),
-            " ".join(sorted(line.rows, key=_first)),
             line.implementation,
             str(line.calls),
-            "; ".join(f"{name}: {reason}" for name, reason in line.rejected.items()) or "-",
         )
-        for line in summary(report.rows)
+        for line in lines
     ]
     widths = [max(len(row[column]) for row in (head, *body)) for column in range(len(head))]
     table = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
         for row in (head, *body)
     ]
-    facts = [f"{name}: {value}" for name, value in report.facts.items()]
-    return "\n".join([*facts, *table])
+    shown = table[:1]
+    for row, line in zip(table[1:], lines):
+        shown.append(row)
+        shown += _under("rows", " ".join(sorted(line.rows, key=_first)))
+        for name, reason in line.rejected.items():
+            shown += _under(f"not {name}", reason)
+    facts = [_wrapped(f"{name}: {value}", "  ") for name, value in report.facts.items()]
+    return "\n".join([*facts, *shown])
+
+
+def _under(what: str, said: str) -> list[str]:
+    return [_wrapped(f"    {what}: {said}", "      ")]
+
+
+def _wrapped(line: str, indent: str) -> str:
+    return textwrap.fill(
+        line, 80, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+    )
 
 
 def _first(rows: str) -> int:

@@ -506,12 +506,14 @@ def _print_gate(outcomes: list[Outcome]) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for title in ("setting", "measure", "value", "95 % interval", "of", "margin", ""):
+    for title in ("measure", "value", "95 % interval", "of", "margin", ""):
         table.add_column(
-            title, justify="left" if title in ("setting", "measure", "") else "right", no_wrap=True
+            title, justify="left" if title in ("measure", "") else "right", no_wrap=True
         )
     for outcome in outcomes:
-        for index, row in enumerate(outcome.rows):
+        if outcome.rows:
+            table.add_row(outcome.rows[0].setting)
+        for row in outcome.rows:
             margin = (
                 f"≥ {row.least:.3f}"
                 if row.least is not None
@@ -529,8 +531,7 @@ def _print_gate(outcomes: list[Outcome]) -> None:
                 else "ABOVE"
             )
             table.add_row(
-                row.setting if index == 0 else "",
-                row.measure,
+                f" {row.measure}",
                 f"{row.value:.4f}",
                 f"{row.low:.4f} to {row.high:.4f}",
                 str(row.count),
@@ -538,7 +539,7 @@ def _print_gate(outcomes: list[Outcome]) -> None:
                 verdict,
             )
         table.add_section()
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Console(width=None if sys.stdout.isatty() else 80).print(table)
     rows = [row for outcome in outcomes for row in outcome.rows]
     for row in rows:
         if not row.passed:

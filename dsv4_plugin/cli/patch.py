@@ -42,12 +42,28 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _list(selected: list, root: Path) -> int:
+    import textwrap
+
     for patch in selected:
-        print(
-            f"{patch.name}: {patch.title} ({patch.state(root)})\n  for sglang {patch.versions}:"
-            f" {', '.join(patch.files)}\n  why: {patch.why}\n  without it: {patch.without}\n "
-            f" upstream: {patch.upstream}\n  goes: {patch.removal}\n  test: {patch.test}"
-        )
+        said = {
+            f"for sglang {patch.versions}": ", ".join(patch.files),
+            "why": patch.why,
+            "without it": patch.without,
+            "upstream": patch.upstream,
+            "goes": patch.removal,
+            "test": patch.test,
+        }
+        lines = [f"{patch.name}: {patch.title} ({patch.state(root)})"]
+        for line in lines + [f"  {what}: {text}" for what, text in said.items()]:
+            print(
+                textwrap.fill(
+                    line,
+                    80,
+                    subsequent_indent="    ",
+                    break_on_hyphens=False,
+                    break_long_words=False,
+                )
+            )
     return 0
 
 

@@ -68,11 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
             if where.type == "cpu"
             else "on this GPU, one of eight ranks"
         )
-        print(
+        _say(
             f"{device.arch()}, torch {device.package_version('torch')}, triton"
             f" {device.package_version('triton')}; kernels {kind}; --seed {seed}"
         )
-        _line("operator", "implementation", "case", "error", "allowed", "ms", "reference", "")
+        _line("operator", "implementation", "error", "allowed", "ms", "reference", "")
     checks = verify.verify_operators(names, where, arguments.quick, seed)
     for result in checks:
         results.append(result)
@@ -98,7 +98,7 @@ def _operators(wanted: list[str] | None, known: list[str]) -> list[str]:
 
 
 def _line(*cells: str) -> None:
-    widths = (20, 14, 58, 9, 8, 9, 9, 0)
+    widths = (19, 14, 7, 7, 6, 9, 0)
     print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip(), flush=True)
 
 
@@ -106,16 +106,8 @@ def _show(result, quiet: bool) -> None:
     if quiet:
         return
     if not hasattr(result, "error"):
-        _line(
-            result.subject,
-            result.implementation,
-            "-",
-            "-",
-            "-",
-            "-",
-            "-",
-            f"not run: {result.reason}",
-        )
+        _line(result.subject, result.implementation, *"----", "not run")
+        _say(f"  {result.reason}")
         return
     times = [
         "-" if each is None else f"{each * 1e3:.3g}"
@@ -124,12 +116,19 @@ def _show(result, quiet: bool) -> None:
     _line(
         result.subject,
         result.implementation,
-        result.case,
         f"{result.error:.1e}",
         f"{result.tolerance.limit:.0e}",
         *times,
-        "ok" if result.passed else f"WRONG {result.note}",
+        "ok" if result.passed else "WRONG",
     )
+    _say("  " + (result.case if result.passed else f"{result.case}: {result.note}"))
+
+
+def _say(text: str) -> None:
+    """Prints `text` within 80 columns."""
+    import textwrap
+
+    print(textwrap.fill(text, 80, subsequent_indent="    ", break_on_hyphens=False), flush=True)
 
 
 REFERENCE = "reference"
@@ -157,9 +156,9 @@ def _conclude(results: list, names: list[str], seed: int, as_json: bool) -> int:
     for why in sorted(
         {f"{result.tolerance.limit:.0e}: {result.tolerance.why}" for result in checks}
     ):
-        print(f"allowed {why}")
+        _say(f"allowed {why}")
     if alone:
-        print(f"only their reference runs here: {', '.join(alone)}")
+        _say(f"only their reference runs here: {', '.join(alone)}")
     print(f"{len(checks) - len(wrong)} of {len(checks)} checks passed")
     for result in wrong:
         print(f"dsv4: error: {_complaint(result)}", file=sys.stderr)

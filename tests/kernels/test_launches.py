@@ -99,6 +99,8 @@ def test_a_layer_of_experts(layers, watch, rows, layer):
 
 
 def test_the_watch_sees_a_wait(layers, watch):
+    """Of the reference of a prefill, which looks at the experts that were chosen."""
+    operator.enter_step(max_queries=3)
     x, step = torch.randn(3, 128).bfloat16(), SimpleNamespace(token_ids=torch.arange(3))
     with selected(REFERENCES), watch, pytest.raises(AssertionError, match="waits for the device"):
         layers[1](Activation(x), step)

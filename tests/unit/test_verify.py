@@ -145,6 +145,7 @@ def test_a_right_implementation_passes(router, capsys):
     assert main(["verify", "--quick", "--op", "route"]) == 0
     printed = capsys.readouterr().out
     assert "6 of 6 checks passed" in printed and "allowed 2e-02: ten roundings to bf16" in printed
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_a_wrong_one_fails_with_its_name_and_what_to_do(router, capsys):
