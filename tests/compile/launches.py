@@ -10,7 +10,7 @@ counts as one. All-reduces are not in it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -161,8 +161,8 @@ def _caches(counted: Geometry) -> Caches:
     return caches
 
 
-def table(requests: int = 8, context: int = 32768) -> dict[int, Counter]:
-    """Launches by operator of one decode layer, by its compress ratio."""
+def small_model() -> DeepseekV4:
+    """A rank of Pro on eight, with a layer for each of RATIOS, on the meta device."""
     full = load_geometry("pro")
     small = replace(
         full,
@@ -173,22 +173,29 @@ def table(requests: int = 8, context: int = 32768) -> dict[int, Counter]:
     )
     eight = Group(0, 8)
     parallel = Parallel(attention=eight, expert_tensor=eight, shared=eight, vocab=eight)
+    return DeepseekV4(small, Precision.SERVING, parallel, "meta", parts="backbone")
+
+
+def advance(model: DeepseekV4, plan: StepPlan, begin: Callable[[], None] = lambda: None) -> None:
+    """A step of `plan` through the layers of `model`; `begin` is called before the first."""
+    tokens, geometry = plan.position.shape[0], model.geometry
+    frequencies = {ratio: getattr(model, f"frequencies_{ratio}") for ratio in set(RATIOS)}
+    step = Step(
+        _numbers(tokens), plan, _caches(geometry), rotations(plan, frequencies), plan.visible(4)
+    )
+    state = torch.empty(tokens, 4, geometry.hidden_size, dtype=torch.bfloat16, device="meta")
+    begin()
+    for layer in model.layers:
+        state = layer.advance(state, step)
+
+
+def table(requests: int = 8, context: int = 32768) -> dict[int, Counter]:
+    """Launches by operator of one decode layer, by its compress ratio."""
     with counting() as found:
-        model = DeepseekV4(small, Precision.SERVING, parallel, "meta", parts="backbone")
+        model = small_model()
         plan = _plan(requests, context)
         plan.dense_slots  # noqa: B018 - once a step, read by all layers
-        frequencies = {ratio: getattr(model, f"frequencies_{ratio}") for ratio in set(RATIOS)}
-        step = Step(
-            _numbers(requests),
-            plan,
-            _caches(small),
-            rotations(plan, frequencies),
-            plan.visible(4),
-        )
-        state = torch.empty(requests, 4, small.hidden_size, dtype=torch.bfloat16, device="meta")
-        found.clear()
-        for layer in model.layers:
-            state = layer.advance(state, step)
+        advance(model, plan, found.clear)
     return {
         RATIOS[layer]: Counter(
             {name: count for (where, name), count in found.items() if where == layer}

@@ -151,7 +151,7 @@ def pool_kernel(
             tl.store(pooled + window * DIM + channel, x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens",))
 def keep_kernel(
     projected,
     ring,

@@ -33,6 +33,7 @@ _RATIO = tl.constexpr(4)
 _DIM = tl.constexpr(layout.INDEX_DIM)
 _PAGE_ENTRIES = tl.constexpr(layout.INDEX_PAGE_ENTRIES)
 _SCAN = 1024
+_LEAST_SCAN = 64  # of a decode step
 _LEAST_HEADS = 16  # columns of the smallest product
 
 
@@ -153,7 +154,7 @@ def _score(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens", "pages"))
 def indexer_logits_kernel(
     q,
     weights,
@@ -246,7 +247,7 @@ def indexer_logits(q: Tensor, weights: Tensor, cache: PackedIndexCache, plan: St
             BLOCK_HEADS=max(_LEAST_HEADS, triton.next_power_of_2(heads)),
             QUERIES=config.queries,
             BLOCK_KEYS=config.block_keys,
-            SCAN=min(_SCAN, triton.next_power_of_2(tokens)),
+            SCAN=_LEAST_SCAN if tokens <= _LEAST_SCAN else _SCAN,
             FNUZ=fnuz,
             num_warps=config.num_warps,
             num_stages=config.num_stages,

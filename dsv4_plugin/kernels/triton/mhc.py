@@ -66,7 +66,7 @@ def _mixed(y, h0, h1, h2, h3, post, comb, row, inside, STREAM: tl.constexpr):
     return round_to_bf16(x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def mhc_project_kernel(
     streams,
     row_stride,
@@ -144,7 +144,7 @@ def _sinkhorn(logits, iterations, eps):
     return c
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def mhc_finish_kernel(
     streams,
     row_stride,

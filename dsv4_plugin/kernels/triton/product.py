@@ -160,7 +160,7 @@ def _all_stored(x, WAIT: tl.constexpr):
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens",))
 def product_kernel(
     x,
     x_scale,
