@@ -6,7 +6,9 @@ import difflib
 from collections.abc import Iterable
 
 
-def suggestion(name: str, known: Iterable[str], otherwise: str = "", prefix: str = "") -> str:
+def suggestion(
+    name: str, known: Iterable[str], otherwise: str | None = None, prefix: str = ""
+) -> str:
     """ "did you mean X?" when a known name is near, `otherwise` (by default all known names) when
     none is. A name that goes on where a known one ends is near it; a `prefix` that all names share
     does not make them nearer."""
@@ -17,4 +19,4 @@ def suggestion(name: str, known: Iterable[str], otherwise: str = "", prefix: str
     near = near or [each for each in bare if each and asked.startswith(f"{each}_")]
     if near:
         return f"did you mean {prefix}{near[0]}?"
-    return otherwise or f"there are {', '.join(known)}"
+    return f"there are {', '.join(known)}" if otherwise is None else otherwise

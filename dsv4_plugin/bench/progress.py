@@ -67,8 +67,9 @@ def shown(points: int | None) -> Iterator[Progress]:
 
 def line(name: str, result: Mapping[str, Any], before: bool) -> str:
     """One point in words."""
+    unit = "tokens/s" if str(result.get("hw")).lower() == "cpu" else "tokens/s/GPU"
     text = (
-        f"{name}: {result['tput_per_gpu']:.1f} tokens/s/GPU, {result['median_intvty']:.2f}"
+        f"{name}: {result['tput_per_gpu']:.1f} {unit}, {result['median_intvty']:.2f}"
         f" tokens/s/user, TTFT {1000 * result['median_ttft']:.0f} ms, TPOT"
         f" {1000 * result['median_tpot']:.2f} ms"
     )
@@ -88,7 +89,7 @@ def print_ranking(worths: Sequence[Worth], noise: float) -> None:
     table = Table(
         "operator",
         "implementation",
-        "without it, tokens/s/GPU",
+        "throughput without it",
         "throughput gain",
         "TPOT saved",
         "",

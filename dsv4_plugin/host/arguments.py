@@ -8,7 +8,6 @@ what runs, so each is a problem here.
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
 import multiprocessing
 import os
@@ -21,6 +20,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from .. import flags
+from ..spelling import suggestion
 from . import launch
 
 FOREIGN_PREFIXES = (*flags.LIBRARY_PREFIXES, "HF_", "TORCH_", "PYTORCH_", "PYTHON", "LD_")
@@ -94,10 +94,11 @@ def _unknown(name: str, known: Iterable[str]) -> str:
     longer = sorted(option for option in known if option.startswith(name))
     if longer:
         return f"{name} is an abbreviation of {', '.join(longer)}; write the whole option"
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"{name} is no option of SGLang {host_version()}" + (
-        f"; did you mean {near[0]}?" if near else ""
-    )
+    return _with_near_name(f"{name} is no option of SGLang {host_version()}", name, known)
+
+
+def _with_near_name(problem: str, name: str, known: Iterable[str]) -> str:
+    return "; ".join(filter(None, (problem, suggestion(name, known, otherwise=""))))
 
 
 def environment_problems(environment: Mapping[str, str]) -> list[str]:
@@ -110,11 +111,8 @@ def environment_problems(environment: Mapping[str, str]) -> list[str]:
             except flags.FlagError as error:
                 problems.append(str(error))
         elif not name.startswith(FOREIGN_PREFIXES) and not _host_reads(name):
-            near = difflib.get_close_matches(name, _declared_names(), n=1)
-            problems.append(
-                f"{name} is read neither by SGLang {host_version()} nor by this plugin"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
+            problem = f"{name} is read neither by SGLang {host_version()} nor by this plugin"
+            problems.append(_with_near_name(problem, name, _declared_names()))
     if not problems:
         try:
             flags.check(environment)  # contradictions between variables

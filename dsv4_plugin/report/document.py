@@ -203,7 +203,7 @@ class Report:
         unpriced = sorted({c.hardware for c in self.curves if not self.costs.prices(c.hardware)})
         lines = [
             "US dollars per million tokens at each curve's peak: $/GPU/h · 10⁶ / (3600 ·"
-            f" tokens/s/GPU). cost.csv has every point. Prices: {self.costs.source}. Published"
+            f" {self._unit}). cost.csv has every point. Prices: {self.costs.source}. Published"
             " curves print the total only; input and output split it as the workload does."
         ]
         if unpriced:

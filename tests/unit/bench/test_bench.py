@@ -16,6 +16,7 @@ from dsv4_plugin.active import ActiveReport, Row
 from dsv4_plugin.bench import ablation, environment
 from dsv4_plugin.bench import sweep as sweeping
 from dsv4_plugin.bench.client import BenchError, Load, Workload, client_command
+from dsv4_plugin.bench.progress import line
 from dsv4_plugin.bench.result import inferencex, middle, spread
 from dsv4_plugin.bench.server import Server, started
 from dsv4_plugin.bench.slo import SLO, largest_rate, search
@@ -446,6 +447,14 @@ class TestAblation:
     def test_another_variable_insists(self):
         with pytest.raises(flags.FlagError, match="contradict"):
             ablation.without("sparse_mla", {"SGLANG_HACK_FLASHMLA_BACKEND": "triton"})
+
+
+@pytest.mark.parametrize(
+    "hw, unit", [("cpu", "900.0 tokens/s,"), ("mi355x", "900.0 tokens/s/GPU,")]
+)
+def test_a_point_of_a_cpu_names_no_gpu(hw, unit):
+    run = figures()
+    assert unit in line("c1", inferencex(run, 1) | {"hw": hw, "spread": None}, before=False)
 
 
 class TestClient:
