@@ -4,6 +4,7 @@ same random state."""
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,11 @@ def _same_start():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+    # A test that had a flag set in this process must not leave what operators read of it.
+    selection = sys.modules.get("dsv4_plugin.ops.operator")
+    for operator in selection.OPERATORS.values() if selection else ():
+        if operator.named:
+            operator.configure()
 
 
 @pytest.fixture(scope="session")

@@ -508,7 +508,9 @@ def _print_gate(outcomes: list[Outcome]) -> None:
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for title in ("measure", "value", "95 % interval", "of", "margin", ""):
         table.add_column(
-            title, justify="left" if title in ("measure", "") else "right", no_wrap=True
+            title,
+            justify="left" if title in ("measure", "") else "right",
+            no_wrap=title != "measure",  # which gives way where values are wide
         )
     for outcome in outcomes:
         if outcome.rows:

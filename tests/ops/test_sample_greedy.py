@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
-import torch.distributed as dist
 
 from dsv4_plugin.ops import sample_greedy
 from dsv4_plugin.parallel import Group
-from dsv4_plugin.runtime import ranks
 
 
 def test_lowest_id_among_the_largest():
@@ -33,17 +33,30 @@ def test_nan_is_never_chosen():
     assert sample_greedy.reference(logits).tolist() == [2, 2, 0, 0]
 
 
-def shares(rank: int, size: int, port_file: str, logits: torch.Tensor) -> torch.Tensor:
-    """What one of two processes chooses from its share of the vocabulary."""
-    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=size)
-    try:
-        group = Group(rank, size, all_gather=ranks._all_gather)
-        return sample_greedy.reference(logits[:, group.slice(logits.shape[1])], group)
-    finally:
-        dist.destroy_process_group()
+def on_two_ranks(logits: torch.Tensor) -> list[torch.Tensor]:
+    """What each of two ranks, threads here, chooses from its share of the vocabulary."""
+    barrier, parts, found = threading.Barrier(2, timeout=60), [None, None], [None, None]
+
+    def choose(rank: int) -> None:
+        def all_gather(x: torch.Tensor) -> torch.Tensor:
+            parts[rank] = x
+            barrier.wait()
+            together = torch.stack(parts)
+            barrier.wait()
+            return together
+
+        group = Group(rank, 2, all_gather=all_gather)
+        found[rank] = sample_greedy.reference(logits[:, group.slice(logits.shape[1])], group)
+
+    threads = [threading.Thread(target=choose, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
 
 
-def test_two_processes_choose_as_one(tmp_path):
+def test_two_ranks_choose_as_one():
     """Ties within a share and across both, NaN, infinities, rows of nothing."""
     nan, inf = float("nan"), float("inf")
     logits = torch.randint(0, 4, (40, 300), generator=torch.Generator().manual_seed(1)).float()
@@ -51,7 +64,7 @@ def test_two_processes_choose_as_one(tmp_path):
     logits[8:14, 100:200] = nan
     logits[14], logits[15], logits[16] = nan, -inf, 1.0
     logits[17, :150], logits[18, 150:] = nan, inf
-    got = ranks._on_ranks(2, shares, (str(tmp_path / "meeting"), logits))
+    got = on_two_ranks(logits)
     want = sample_greedy.reference(logits)
     assert [each.tolist() for each in got] == [want.tolist()] * 2
     assert {int(token) // 150 for token in want} == {0, 1}, "either share has some of the best"
