@@ -38,7 +38,7 @@ test-all: test
 	$(BIN)/python -m pytest tests/host/test_api.py -k every_request --hypothesis-profile thorough
 
 test-isa: install
-	$(BIN)/python -m pytest --numprocesses 2 tests/isa $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 -m "thorough or not thorough" tests/isa $(ARGS)
 	$(BIN)/python tests/isa/mutants.py
 
 demo: install

@@ -306,6 +306,8 @@ def run(arguments: argparse.Namespace) -> int:
     device = where(arguments.check_only)
     import kernel_cases
 
+    from dsv4_plugin.host import kernels  # noqa: F401  all operators' implementations
+
     operators = chosen(arguments.operators, kernel_cases.NAMES, "operator")
     models = chosen(arguments.model or [], tuple(kernel_cases.MODELS), "model")
     sizes = (

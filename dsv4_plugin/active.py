@@ -114,6 +114,12 @@ def summary(rows: Iterable[Row]) -> list[Line]:
     return list(lines.values())
 
 
+def _said(fact: Any) -> str:
+    if isinstance(fact, dict):
+        return ", ".join(f"{name} {value}" for name, value in fact.items())
+    return str(fact)
+
+
 def text(report: ActiveReport) -> str:
     """The report as a table of plain text within 80 columns: under an operator, what was not taken
     and the shape classes where there are several."""
@@ -140,7 +146,7 @@ def text(report: ActiveReport) -> str:
         shown += _under("rows", " ".join(sorted(line.rows, key=_first)))
         for name, reason in line.rejected.items():
             shown += _under(f"not {name}", reason)
-    facts = [_wrapped(f"{name}: {value}", "  ") for name, value in report.facts.items()]
+    facts = [_wrapped(f"{name}: {_said(value)}", "  ") for name, value in report.facts.items()]
     return "\n".join([*facts, *shown])
 
 

@@ -42,6 +42,7 @@ LIBRARY_PREFIXES = (
     "OMP_",
     "GOMP_",
     "MKL_",
+    "MC_",  # Mooncake
 )
 """Of the variables that compilers and libraries beside this package read."""
 
@@ -232,6 +233,13 @@ FLAGS: tuple[Flag, ...] = (
         Precision.SERVING.value,
         "exact: fp32 weights, caches and arithmetic, for checking; official: exact plus the"
         " roundings of the model's own cache; serving: bf16 and the packed cache, for production.",
+    ),
+    Flag(
+        "DSV4_BUILD",
+        ("0", "1"),
+        "1",
+        "1: `dsv4 serve` on a GPU compiles the kernels that its cache lacks before SGLang starts,"
+        " as `dsv4 build` does; 0: they are compiled when they are first launched.",
     ),
     Flag(
         "DSV4_WEIGHTS",

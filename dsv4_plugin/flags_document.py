@@ -48,7 +48,8 @@ def markdown() -> str:
         (
             f"Each operator has two: `DSV4_<OPERATOR>` is `{flags.AUTO}` (the default),"
             f" `{flags.REFERENCE}` or one of the implementations that the operator has, in the"
-            " order that auto tries them; and `DSV4_LAYERS_<OPERATOR>` lists the layers, as"
+            " order that auto tries them (kernels of others, `aiter` and `host`, not before `dsv4"
+            " verify --time` has measured them); and `DSV4_LAYERS_<OPERATOR>` lists the layers, as"
             " `0-3,7`, that take it; all other layers then take the reference, which is how a wrong"
             " implementation is found by bisection."
         ),

@@ -26,8 +26,9 @@ from pathlib import Path
 import psutil
 from openai import OpenAI
 
-from dsv4_plugin.accuracy.gate import checkpoint_directory
+from dsv4_plugin.accuracy.gate import checkpoint_directory, draft_directory
 from dsv4_plugin.accuracy.recall import fact, held_out, question
+from dsv4_plugin.config import Geometry
 
 FACTS = (("Alma", "chess"), ("Gwen", "comets"), ("Otto", "robots"), ("Tess", "tango"))
 
@@ -88,7 +89,10 @@ def serving(model: Path, log: Path):
         "--port",
         str(port),
         "--enable-cache-report",
+        "--enable-metrics",
     ]
+    if Geometry.from_dir(model).dspark is not None:
+        command += ["--speculative-algorithm", "DSPARK"]
     print("==", " ".join(command))
     start = time.monotonic()
     with log.open("w") as out:
@@ -117,10 +121,34 @@ class Answer:
     tokens_per_second: float
     prompt_tokens: int
     cached_tokens: int
+    tokens_per_step: float | None = None
+    """With a draft: tokens that a verification gave, the first token of the answer apart."""
 
 
-def ask(client: OpenAI, messages: list[dict[str, str]], tokens: int) -> Answer:
-    """Streams the answer to `messages`, greedily, to the screen."""
+def verifications(url: str) -> float:
+    """How many the server has made for requests that are answered."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as reply:
+        told = reply.read().decode()
+    found = re.search(r"^sglang:spec_verify_calls_total\{.*\} (\S+)$", told, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def tokens_per_step(url: str, before: float, tokens: int) -> float | None:
+    """Of an answer of `tokens` tokens that has just ended, when `before` verifications had been
+    made; the server counts its own a moment later."""
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        made = verifications(url) - before
+        if made:
+            return (tokens - 1) / made
+        time.sleep(0.1)
+    return None
+
+
+def ask(client: OpenAI, messages: list[dict[str, str]], tokens: int, metrics: str | None) -> Answer:
+    """Streams the answer to `messages`, greedily, to the screen. `metrics` is the address of a
+    server with a draft."""
+    before = verifications(metrics) if metrics else 0.0
     start = time.monotonic()
     stream = client.chat.completions.create(
         model="default",
@@ -147,6 +175,7 @@ def ask(client: OpenAI, messages: list[dict[str, str]], tokens: int) -> Answer:
         (usage.completion_tokens - 1) / max(end - first, 1e-9),
         usage.prompt_tokens,
         cached,
+        tokens_per_step(metrics, before, usage.completion_tokens) if metrics else None,
     )
 
 
@@ -157,8 +186,8 @@ def main() -> int:
     parser.add_argument(
         "--model",
         type=Path,
-        default=checkpoint_directory(),
-        help="checkpoint directory (default: checkpoints/tiny)",
+        default=draft_directory(checkpoint_directory()) or checkpoint_directory(),
+        help="checkpoint directory (default: checkpoints/tiny-dspark, whose draft is used)",
     )
     parser.add_argument(
         "--characters",
@@ -174,6 +203,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     text = story(held_out(arguments.model), arguments.characters)
+    drafts = Geometry.from_dir(arguments.model).dspark is not None
     messages, answers, missed = [], [], []
     with (
         tempfile.TemporaryDirectory(prefix="dsv4-demo-") as scratch,
@@ -199,12 +229,15 @@ def main() -> int:
                     "content": question(name) if messages else f"{text}\n{question(name)}",
                 }
             )
-            answer = ask(client, messages, tokens=24)
+            answer = ask(client, messages, tokens=24, metrics=url if drafts else None)
             messages.append({"role": "assistant", "content": answer.text})
+            per_step = ""
+            if answer.tokens_per_step:
+                per_step = f", {answer.tokens_per_step:.1f} a step"
             print(
                 f"   first token after {answer.first_seconds:.1f} s, then"
-                f" {answer.tokens_per_second:.1f} tokens/s; {answer.prompt_tokens} prompt tokens,"
-                f" {answer.cached_tokens} from the prefix cache"
+                f" {answer.tokens_per_second:.1f} tokens/s{per_step}; {answer.prompt_tokens} prompt"
+                f" tokens, {answer.cached_tokens} from the prefix cache"
             )
             answers.append(answer)
             if fact(name, thing) not in answer.text:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from pathlib import Path
 
-from .code_object import Kernel, Unreadable, load
+from .code_object import ARCHS, Kernel, Unreadable, load
 from .hazards import Finding, check_waits
 from .machine import Program, Unknown, compiled
 from .program import Instruction, Undecodable, decode
@@ -53,40 +54,51 @@ def describe(kernel: Kernel) -> list[str]:
 
 
 def inspect(kernel: Kernel) -> tuple[list[str], list[Finding]]:
-    """(lines about a kernel, its hazards). Raises Undecodable."""
-    instructions = decode(kernel)
-    classes = Counter(class_of(i) for i in instructions.values())
-    lines = describe(kernel)
-    lines.append(f"  {len(instructions)} instructions")
-    lines += [f"    {classes[name]:6d} {name}" for name, _ in CLASSES if classes[name]]
-    unknown = Counter()
+    """(lines about a kernel, its hazards). Raises Unreadable."""
+    unknown = set()
+    try:
+        instructions = decode(kernel)
+    except Undecodable as error:
+        archs = " or ".join(ARCHS)
+        raise Unreadable(f"kernel {kernel.name}: {error}; compile it again, for {archs}") from error
     for i in (i for i in instructions.values() if i.target is None):
         try:
             compiled(i, kernel)
         except Unknown:
-            unknown[i.name] += 1
+            unknown.add(i.name)
     if unknown:
-        lines.append(f"  cannot be executed: {', '.join(sorted(unknown))}")
-        return lines, []
+        raise Unreadable(
+            f"kernel {kernel.name} has instructions that gfx950/ does not implement:"
+            f" {', '.join(sorted(unknown))}; add each to the file of its class (gfx950/README.md)"
+        )
     program = Program(kernel)
     findings = check_waits(program) + check_wait_states(program)
-    lines.append(f"  {len(findings)} hazards")
-    return lines, findings
+    classes = Counter(class_of(i) for i in instructions.values())
+    lines = [*describe(kernel), f"  {len(instructions)} instructions"]
+    lines += [f"    {classes[name]:6d} {name}" for name, _ in CLASSES if classes[name]]
+    return [*lines, f"  {len(findings)} hazards"], findings
+
+
+def read(name: str) -> dict[str, Kernel]:
+    """The kernels in a file. Raises Unreadable."""
+    try:
+        return load(Path(name).read_bytes())
+    except OSError as error:
+        raise Unreadable(f"{error.strerror}; give a .hsaco, as in ~/.triton/cache") from error
 
 
 def main() -> int:
+    """The exit status: 1 where there are hazards, 2 where a file cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m gfx950", description=__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE.hsaco")
     bad = 0
     for name in parser.parse_args().files:
         try:
-            with open(name, "rb") as file:
-                kernels = load(file.read())
-            for kernel in kernels.values():
+            for kernel in read(name).values():
                 lines, findings = inspect(kernel)
                 print(*lines, *(f"    {found}" for found in findings), sep="\n")
                 bad += len(findings)
-        except (OSError, Unreadable, Undecodable) as error:
+        except Unreadable as error:
             print(f"gfx950: error: {name}: {error}", file=sys.stderr)
             return 2
     return int(bad > 0)

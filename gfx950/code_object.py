@@ -10,12 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 import msgpack
-from elftools.common.exceptions import ELFError
+from elftools.common.exceptions import DWARFError, ELFError
 from elftools.elf.elffile import ELFFile
 
+ARCHS = ("gfx942", "gfx950")
+"""GPUs whose code is known here."""
+_BROKEN = (
+    *(ELFError, DWARFError, struct.error, KeyError, IndexError, AttributeError, TypeError),
+    *(ValueError, AssertionError, msgpack.UnpackException),
+)
+"""What pyelftools and msgpack raise at bytes that are cut off or overwritten."""
 
-class Unreadable(ValueError):
-    """Bytes that are no AMDGPU code object."""
+
+class Unreadable(Exception):
+    """Bytes that are no code object of ARCHS; the message says what they are and the way out."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ def _lines(elf: ELFFile) -> tuple[tuple[int, str], ...]:
     return tuple(sorted(rows))
 
 
-def _kernel(about: dict, target: str, elf: ELFFile, lines: tuple) -> Kernel:
+def _kernel(about: dict, arch: str, elf: ELFFile, lines: tuple) -> Kernel:
     """The kernel that one entry of the metadata describes."""
     text = elf.get_section_by_name(".text")
     symbol = elf.get_section_by_name(".dynsym").get_symbol_by_name(about[".symbol"])[0]
@@ -100,7 +108,7 @@ def _kernel(about: dict, target: str, elf: ELFFile, lines: tuple) -> Kernel:
     rsrc3, rsrc1, rsrc2, properties, preload = struct.unpack_from("<IIIHH", raw, 44)
     return Kernel(
         name=about[".name"],
-        arch=target.rsplit("-", 1)[-1].split(":")[0],
+        arch=arch,
         code=text.data(),
         address=text["sh_addr"],
         entry=at + entry,
@@ -128,15 +136,40 @@ def _kernel(about: dict, target: str, elf: ELFFile, lines: tuple) -> Kernel:
     )
 
 
+def _metadata(elf: ELFFile) -> dict:
+    """The note that lists the kernels. Raises Unreadable."""
+    note = elf.get_section_by_name(".note")
+    if not note:
+        raise Unreadable(
+            "holds no kernel: it has no note that lists kernels; link a kernel into it"
+        )
+    name_size, note_size, _ = struct.unpack_from("<III", note.data())
+    return msgpack.unpackb(note.data()[12 + (name_size + 3) // 4 * 4 :][:note_size])
+
+
 def load(data: bytes) -> dict[str, Kernel]:
-    """Kernels of a code object by name. Raises Unreadable for other bytes."""
+    """Kernels of a code object by name. Raises Unreadable for other bytes, damaged ones, and code
+    of a GPU that is not one of ARCHS."""
+    if not data.startswith(b"\x7fELF"):
+        what = "is no ELF file" if data else "is empty"
+        raise Unreadable(f"{what}; give a code object (.hsaco) of a kernel for {ARCHS[-1]}")
     try:
         elf = ELFFile(io.BytesIO(data))
-        note = elf.get_section_by_name(".note").data()
-        name_size, note_size, _ = struct.unpack_from("<III", note)
-        metadata = msgpack.unpackb(note[12 + (name_size + 3) // 4 * 4 :][:note_size])
-        target, kernels = metadata["amdhsa.target"], metadata["amdhsa.kernels"]
-    except (ELFError, AttributeError, KeyError, ValueError, struct.error) as error:
-        raise Unreadable(f"no AMDGPU code object: {error}") from error
-    lines = _lines(elf)
-    return {about[".name"]: _kernel(about, target, elf, lines) for about in kernels}
+        if elf["e_machine"] != "EM_AMDGPU":
+            raise Unreadable(
+                f"is code of {elf.get_machine_arch()}, not of an AMD GPU; give the kernel's .hsaco,"
+                " not the program that launches it"
+            )
+        about = _metadata(elf)
+        target, kernels = about["amdhsa.target"], about["amdhsa.kernels"]
+        arch = target.rsplit("-", 1)[-1].split(":")[0]
+        if arch not in ARCHS:
+            raise Unreadable(f"is code of {arch}; compile the kernel for {' or '.join(ARCHS)}")
+        if not kernels:
+            raise Unreadable("holds no kernel: its list of kernels is empty; link a kernel into it")
+        lines = _lines(elf)
+        return {each[".name"]: _kernel(each, arch, elf, lines) for each in kernels}
+    except _BROKEN as error:
+        raise Unreadable(
+            f"is cut off or damaged ({error or type(error).__name__}); copy or compile it again"
+        ) from error

@@ -4,17 +4,21 @@ and without a scale."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
 from . import floats
-from .operands import Read, Run, destination, sources, vector
+from .code_object import Kernel
+from .operands import Kinds, Read, Run, sources, vector
 from .program import Instruction
 from .waves import F32, I64, U16, U32, Waves
 
 F16 = np.float16
-Formats = Mapping[str, floats.Format]
+
+
+def _format(name: str, kernel: Kernel) -> floats.Format:
+    return floats.formats(kernel.arch)[name]
 
 
 def _to_integer(x: np.ndarray, dtype: type) -> np.ndarray:
@@ -27,7 +31,7 @@ def _half(x: np.ndarray) -> np.ndarray:
     return x.astype(F16).view(U16).astype(U32)
 
 
-PLAIN: dict[str, tuple[str, Callable]] = {
+PLAIN_CONVERSIONS: dict[str, tuple[str, Callable]] = {
     "v_cvt_f32_i32": ("i", lambda a: a.astype(F32)),
     "v_cvt_f32_u32": ("u", lambda a: a.astype(F32)),
     "v_cvt_u32_f32": ("f", lambda a: _to_integer(a, U32)),
@@ -37,17 +41,12 @@ PLAIN: dict[str, tuple[str, Callable]] = {
     "v_cvt_pk_f16_f32": ("ff", lambda a, b: _half(a) | _half(b) << 16),
     "v_cvt_pk_bf16_f32": ("ff", lambda a, b: floats.to_bf16(a) | floats.to_bf16(b) << 16),
 }
-"""name: (types of the operands, result)"""
+"""Rows of vector.SIMPLE."""
 for _n in range(4):
-    PLAIN[f"v_cvt_f32_ubyte{_n}"] = ("u", lambda a, at=8 * _n: (a >> at & 255).astype(F32))
-
-
-def _plain(i: Instruction, formats: Formats) -> Run:
-    types, function = PLAIN[i.name]
-    reads, write = sources(i, types), destination(i)
-    if i.get("omod") or i.get("clmp"):
-        raise NotImplementedError(f"output modifiers of {i.name}")
-    return lambda w: write(w, function(*[read(w) for read in reads]))
+    PLAIN_CONVERSIONS[f"v_cvt_f32_ubyte{_n}"] = (
+        "u",
+        lambda a, at=8 * _n: (a >> at & 255).astype(F32),
+    )
 
 
 def _scale(x: np.ndarray) -> np.ndarray:
@@ -64,11 +63,11 @@ _ENCODE = {
 _DECODE = {"bf16": floats.from_bf16, "f16": lambda x: x.astype(U16).view(F16).astype(F32)}
 
 
-def _small_to_wide(i: Instruction, formats: Formats) -> Run:
+def _small_to_wide(i: Instruction, kernel: Kernel) -> Run:
     """v_cvt_scalef32_pk_{f32,bf16,f16}_{fp8,bf8,fp4}: values times the power of two of the scale.
     op_sel names the half of the register (fp8), or the byte (fp4)."""
     wide, small = re.match(r"v_cvt_scalef32_pk_(\w+?)_(\w+)$", i.name).groups()
-    form, encode, row = formats[small], _ENCODE[wide], i.get("vdst") - 256
+    form, encode, row = _format(small, kernel), _ENCODE[wide], i.get("vdst") - 256
     read, scale = vector(i.get("src0"), i.literal, "u"), vector(i.get("src1"), i.literal, "f")
     at = (i.get("opsel") & 3) * 8 if small == "fp4" else (i.get("opsel") & 1) * 16
     code = (1 << form.bits) - 1
@@ -77,11 +76,7 @@ def _small_to_wide(i: Instruction, formats: Formats) -> Run:
         source, factor = read(w) >> at, _scale(scale(w))
         low = encode(form.values[source & code] * factor)
         high = encode(form.values[source >> form.bits & code] * factor)
-        if wide == "f32":
-            w.set_vector(row, low)
-            w.set_vector(row + 1, high)
-        else:
-            w.set_vector(row, low | high << 16)
+        w.set_vectors(row, *((low, high) if wide == "f32" else (low | high << 16,)))
 
     return run
 
@@ -101,40 +96,38 @@ def _narrow(i: Instruction, form: floats.Format, pair: list[Read], scale: Read |
     return run
 
 
-def _wide_to_small(i: Instruction, formats: Formats) -> Run:
+def _wide_to_small(i: Instruction, kernel: Kernel) -> Run:
     """v_cvt_scalef32_pk_{fp8,bf8,fp4}_{f32,bf16,f16}."""
     small, wide = re.match(r"v_cvt_scalef32_pk_(\w+?)_(\w+)$", i.name).groups()
     if wide == "f32":
         a, b, scale = sources(i, "fff")
-        return _narrow(i, formats[small], [a, b], scale)
+        return _narrow(i, _format(small, kernel), [a, b], scale)
     both, scale = vector(i.get("src0"), i.literal, "u"), vector(i.get("src1"), i.literal, "f")
     decode = _DECODE[wide]
     pair = [lambda w: decode(both(w) & 0xFFFF), lambda w: decode(both(w) >> 16)]
-    return _narrow(i, formats[small], pair, scale)
+    return _narrow(i, _format(small, kernel), pair, scale)
 
 
-def _fp8_pair(i: Instruction, formats: Formats) -> Run:
+def _fp8_pair(i: Instruction, kernel: Kernel) -> Run:
     """v_cvt_pk_{fp8,bf8}_f32."""
-    return _narrow(i, formats[i.name.split("_")[3]], sources(i, "ff"), None)
+    return _narrow(i, _format(i.name.split("_")[3], kernel), sources(i, "ff"), None)
 
 
-def _fp8_unpacked(i: Instruction, formats: Formats) -> Run:
+def _fp8_unpacked(i: Instruction, kernel: Kernel) -> Run:
     """v_cvt_{f32,pk_f32}_{fp8,bf8}: of the byte or half that src0_sel names."""
-    form, row = formats[i.name.rsplit("_", 1)[1]], i.get("vdst") - 256
+    form, row = _format(i.name.rsplit("_", 1)[1], kernel), i.get("vdst") - 256
     (read,), count = sources(i, "u"), 2 if "pk" in i.name else 1
 
     def run(w: Waves) -> None:
         value = np.array(read(w))
-        for n in range(count):
-            w.set_vector(row + n, form.values[value >> 8 * n & 255].view(U32))
+        w.set_vectors(row, *(form.values[value >> 8 * n & 255] for n in range(count)))
 
     return run
 
 
-CONVERSIONS: list[tuple[str, Callable[[Instruction, Formats], Run]]] = [
+CONVERSIONS: Kinds = [
     (r"v_cvt_(pk_)?f32_(fp8|bf8)", _fp8_unpacked),
     (r"v_cvt_scalef32_pk_(f32|bf16|f16)_(fp8|bf8|fp4)", _small_to_wide),
     (r"v_cvt_scalef32_pk_(fp8|bf8|fp4)_(f32|bf16|f16)", _wide_to_small),
     (r"v_cvt_pk_(fp8|bf8)_f32", _fp8_pair),
-    ("|".join(PLAIN), _plain),
 ]

@@ -50,18 +50,6 @@ def walk(program: Program, start: State, step: Callable[[State, Instruction], No
                 todo.append(each)
 
 
-def counter(i: Instruction) -> str | None:
-    """Which counter an instruction raises: vector memory, LDS (both in order), or scalar memory (in
-    any order; it shares the counter of the LDS)."""
-    if i.name in ("buffer_inv", "buffer_wbl2"):
-        return None
-    if i.form.startswith(("GLOBAL", "MUBUF", "SCRATCH", "FLAT")):
-        return "vector"
-    if i.form.startswith("DS"):
-        return "local"
-    return "scalar" if i.name.startswith(("s_load", "s_buffer_load")) else None
-
-
 @dataclass
 class _Pending:
     """Registers whose loads may be under way: (counter, how many younger accesses of that counter
@@ -112,7 +100,7 @@ def check_waits(program: Program) -> list[Finding]:
             state.wait(*wait_counts(i))
             return
         read, written = used[i.address]
-        kind = counter(i)
+        kind = i.counter
         for register in read | written if state.registers else ():
             pending = state.registers.get(register)
             how = "read" if register in read else "overwritten"

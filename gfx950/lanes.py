@@ -3,11 +3,10 @@ lanes that swap, bits of a mask counted. (DPP is an operand: operands.dpp_lanes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from .operands import Run, scalar, sources, vector
+from .code_object import Kernel
+from .operands import Kinds, Run, scalar, sources, vector
 from .program import Instruction
 from .waves import LANES, U32, U64, Waves
 
@@ -17,7 +16,7 @@ def _scalar_target(i: Instruction) -> int:
     return i.get("vdst") % 256
 
 
-def _first_lane(i: Instruction) -> Run:
+def _first_lane(i: Instruction, kernel: Kernel) -> Run:
     read, target = vector(i.get("src0"), i.literal, "u"), _scalar_target(i)
 
     def run(w: Waves) -> None:
@@ -27,7 +26,7 @@ def _first_lane(i: Instruction) -> Run:
     return run
 
 
-def _read_lane(i: Instruction) -> Run:
+def _read_lane(i: Instruction, kernel: Kernel) -> Run:
     read, lane = vector(i.get("src0"), i.literal, "u"), scalar(i.get("src1"), i.literal, "u")
     target = _scalar_target(i)
 
@@ -38,7 +37,7 @@ def _read_lane(i: Instruction) -> Run:
     return run
 
 
-def _write_lane(i: Instruction) -> Run:
+def _write_lane(i: Instruction, kernel: Kernel) -> Run:
     value, lane = (scalar(i.get(f"src{n}"), i.literal, "u") for n in range(2))
     row = i.get("vdst") - 256
 
@@ -48,7 +47,7 @@ def _write_lane(i: Instruction) -> Run:
     return run
 
 
-def _swap_lanes(i: Instruction) -> Run:
+def _swap_lanes(i: Instruction, kernel: Kernel) -> Run:
     """v_permlane{16,32}_swap: odd groups of the destination change places with even groups of the
     source."""
     width = 16 if "16" in i.name else 32
@@ -63,7 +62,7 @@ def _swap_lanes(i: Instruction) -> Run:
     return run
 
 
-def _count_below(i: Instruction) -> Run:
+def _count_below(i: Instruction, kernel: Kernel) -> Run:
     """v_mbcnt: bits of a mask below this lane, of its low or high half."""
     mask, more = sources(i, "uu")
     count = np.clip(np.arange(LANES) - (0 if "_lo_" in i.name else 32), 0, 32)
@@ -72,7 +71,7 @@ def _count_below(i: Instruction) -> Run:
     return lambda w: w.set_vector(row, np.bitwise_count(mask(w) & below).astype(U32) + more(w))
 
 
-LANE_INSTRUCTIONS: list[tuple[str, Callable[[Instruction], Run]]] = [
+LANES_MEET: Kinds = [
     (r"v_readfirstlane_b32", _first_lane),
     (r"v_readlane_b32", _read_lane),
     (r"v_writelane_b32", _write_lane),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,13 +13,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .code_object import Kernel
-from .local import compile_local
-from .matrix import compile_matrix
-from .memory import compile_memory
+from .convert import CONVERSIONS
+from .lanes import LANES_MEET
+from .local import LOCAL
+from .matrix import MATRIX
+from .memory import MEMORY
 from .operands import Run
 from .program import EXEC, Block, Instruction, blocks, decode
-from .scalar import branch_taken, compile_scalar
-from .vector import compile_vector
+from .scalar import SCALAR, branch_taken
+from .vector import VECTOR
 from .waves import LANES, U8, U32, Fault, Memory, Shared, Watch, Waves
 
 
@@ -30,19 +33,18 @@ class Failed(RuntimeError):
     """An instruction that could not be executed; the message has its place and source line."""
 
 
+_KINDS = (*MATRIX, *CONVERSIONS, *LANES_MEET, *VECTOR, *MEMORY, *LOCAL, *SCALAR)
+
+
 def compiled(i: Instruction, kernel: Kernel) -> Run:
     """An instruction as a function of the waves. Raises Unknown."""
+    make = next((make for pattern, make in _KINDS if re.fullmatch(pattern, i.name)), None)
+    if make is None:
+        raise Unknown(str(i))
     try:
-        if i.name.startswith("v_"):
-            run = compile_matrix(i, kernel) or compile_vector(i, kernel.arch)
-        else:
-            run = compile_memory(i, kernel) or compile_local(i, kernel)
-        run = run or compile_scalar(i)
+        return make(i, kernel)
     except (NotImplementedError, KeyError) as error:
         raise Unknown(f"{i}: {error!r}") from error
-    if run is None:
-        raise Unknown(str(i))
-    return run
 
 
 @dataclass
@@ -80,11 +82,12 @@ class Program:
 
 @dataclass
 class Launch:
-    """What a launch took: instructions of every wave, steps of the batches, and what the watches
-    found (hazards.Finding)."""
+    """What a launch took: instructions of every wave, steps of the batches, its watches and what
+    they found (hazards.Finding)."""
 
     instructions: int = 0
     steps: int = 0
+    watches: tuple[Watch, ...] = ()
     findings: list = field(default_factory=list)
 
 
@@ -117,7 +120,8 @@ def kernarg(
     """The kernarg segment: `values` laid out as the metadata says, or its bytes, and the hidden
     arguments that tell of the grid. What the kernel takes beyond them is 0, as Triton's scratch
     pointers."""
-    raw = bytearray(kernel.kernarg_size)
+    # HSA aligns the segment to 16 bytes, and LLVM reads whole words of it past the last argument
+    raw = bytearray(-(-kernel.kernarg_size // 16) * 16)
     if isinstance(values, bytes):
         raw[: len(values)], values = values, ()
     hidden = {"hidden_grid_dims": 3}
@@ -335,5 +339,6 @@ def launch(
             for each in watches:
                 each.begin(w)
             _run(program, w, options, random, told)
+    told.watches = watches
     told.findings = [found for each in watches for found in each.findings()]
     return told

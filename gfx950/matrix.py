@@ -12,7 +12,7 @@ import numpy as np
 
 from . import floats
 from .code_object import Kernel
-from .operands import Run, constant, vector
+from .operands import Kinds, Run, constant, vector
 from .program import Instruction
 from .waves import F32, LANES, U8, U32, Waves
 
@@ -130,8 +130,4 @@ def _move(i: Instruction, kernel: Kernel) -> Run:
     return lambda w: w.set_vector(target, np.asarray(read(w)))
 
 
-def compile_matrix(i: Instruction, kernel: Kernel) -> Run | None:
-    """The instruction as a function of the waves, None when it is no matrix instruction."""
-    if i.name.startswith("v_mfma"):
-        return _multiply(i, kernel)
-    return _move(i, kernel) if i.name.startswith("v_accvgpr") else None
+MATRIX: Kinds = [(r"v_mfma_\w+", _multiply), (r"v_accvgpr_\w+", _move)]

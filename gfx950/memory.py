@@ -1,5 +1,5 @@
-"""Vector memory instructions: global, buffer and scratch accesses, loads into LDS, atomics
-(CDNA4 ISA, "Vector Memory Operations")."""
+"""Accesses of global memory, buffers, scratch and LDS: loads, stores, loads into LDS, atomics
+(CDNA4 ISA, "Vector Memory Operations" and "Data Share Operations")."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from . import floats
 from .code_object import Kernel
-from .operands import Run, raw_vector, scalar
+from .operands import Kinds, Run, raw_vector, scalar
 from .program import M0, OFF, Instruction, signed
 from .waves import F32, I64, LANES, U8, U32, U64, Fault, Waves
 
@@ -42,14 +42,20 @@ def scatter(memory: np.ndarray, at: np.ndarray, values: list[np.ndarray], size: 
             memory[at + n] = (values[n // 4] >> 8 * (n % 4)).astype(U8)
 
 
-def chosen(w: Waves, array: np.ndarray, active: np.ndarray | None) -> np.ndarray:
+def chosen(array: np.ndarray, active: np.ndarray | None) -> np.ndarray:
     """`array` [waves, 64] as a flat array of the active lanes."""
     return array.ravel() if active is None else array[active]
 
 
-def stored(w: Waves, i: Instruction, row: int, count: int, active: np.ndarray | None) -> list:
+def row_of(i: Instruction, kernel: Kernel, *fields: str) -> int:
+    """Row of the data that the first of `fields` which the encoding has names."""
+    code = i.get(next(field for field in fields if i.has(field)))
+    return code - 256 + (kernel.accumulators_at if i.get("acc") else 0)
+
+
+def _stored(w: Waves, i: Instruction, row: int, size: int, active: np.ndarray | None) -> list:
     """Registers as flat arrays of the active lanes; the upper half of one with _d16_hi."""
-    values = [chosen(w, w.vector[row + n], active) for n in range(count)]
+    values = [chosen(w.vector[row + n], active) for n in range(max(1, size // 4))]
     return [value >> 16 for value in values] if i.name.endswith("_d16_hi") else values
 
 
@@ -66,7 +72,7 @@ def _placed(kind: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     return lambda old, v: v
 
 
-def receive(w: Waves, i: Instruction, counter: str, row: int, values: list[np.ndarray]) -> None:
+def receive(w: Waves, i: Instruction, row: int, values: list[np.ndarray]) -> None:
     """Registers from `row` on get `values` [waves, 64] when the load arrives, in lanes that are
     active now."""
     place = _placed(i.name.split("_", 2)[2])
@@ -77,15 +83,37 @@ def receive(w: Waves, i: Instruction, counter: str, row: int, values: list[np.nd
             value = place(w.vector[row + n], value)
             np.copyto(w.vector[row + n], value, where=True if everywhere else lanes)
 
-    w.issue(i, counter, deliver, w.vector[row : row + len(values)])
+    w.issue(i, deliver, w.vector[row : row + len(values)])
 
 
-def _size(i: Instruction) -> int:
+def size_of(i: Instruction) -> int:
     """Bytes of a lane's access."""
+    if i.form.startswith("DS"):
+        return int(re.search(r"_[buif](\d+)", i.name)[1]) // 8
     if "atomic" in i.name:
         return 8 if i.name.endswith(("_x2", "_f64")) else 4
     found = re.search(r"_(?:load|store)_(?:lds_)?[us]?(byte|short|dword(?:x\d)?)", i.name)
     return _BYTES[found[1]]
+
+
+def local_offsets(i: Instruction) -> list[int]:
+    """Bytes that are added to the address of an LDS instruction, for each of its accesses."""
+    two = re.match(r"ds_(?:read|write)2(st64)?_", i.name)
+    if two:
+        unit = size_of(i) * (64 if two[1] else 1)
+        return [i.get("offset0") * unit, i.get("offset1") * unit]
+    return [i.get("offset0") | i.get("offset1") << 8]
+
+
+def _local_find(i: Instruction, step: int) -> Callable[[Waves], tuple]:
+    row, size = i.get("addr") - 256, size_of(i)
+
+    def find(w: Waves) -> tuple:
+        at = w.vector[row].astype(I64) + step
+        _check_lds(w, at, size)
+        return w.shared.lds, np.where(w.exec, at, 0) + w.lds_at, w.active, None
+
+    return find
 
 
 def _global_place(i: Instruction) -> Callable[[Waves], tuple]:
@@ -138,66 +166,67 @@ def _scratch_places(i: Instruction, kernel: Kernel, size: int) -> Callable[[Wave
     return where
 
 
-def _access(i: Instruction, kernel: Kernel, how: str) -> Callable[[Waves], tuple]:
-    """(bytes that hold it, places, lanes that access them (None: all), lanes within the buffer
-    (None: all)) of an access; the watches are told by `told`."""
-    size = _size(i)
+def accesses(i: Instruction, kernel: Kernel) -> list[Callable[[Waves], tuple]]:
+    """Functions that give (bytes that hold it, places, lanes that access them (None: all), lanes
+    within the buffer (None: all)) of each access of an instruction."""
+    size = size_of(i)
+    if i.form.startswith("DS"):
+        return [_local_find(i, step) for step in local_offsets(i)]
     if i.form.startswith("SCRATCH"):
         places = _scratch_places(i, kernel, size)
-        return lambda w: (w.shared.scratch, places(w), w.active, None)
+        return [lambda w: (w.shared.scratch, places(w), w.active, None)]
     where = _buffer_place(i, size) if i.form.startswith("MUBUF") else _global_place(i)
 
     def find(w: Waves) -> tuple:
         addresses, inside = where(w)
         inside = None if inside is None or inside.all() else inside
         active = w.active if inside is None else inside & w.exec
-        return (
-            w.shared.memory.bytes,
-            w.shared.memory.places(addresses, size, active),
-            active,
-            inside,
-        )
+        at = w.shared.memory.places(addresses, size, active)
+        return w.shared.memory.bytes, at, active, inside
 
-    return find
+    return [find]
 
 
-def _told(w: Waves, i: Instruction, how: str, at, size: int, active, values=()) -> None:
-    if not i.form.startswith("SCRATCH"):
-        for each in w.shared.watches:
-            each.memory(w, i, how, at, size, active, values)
+def _tell(w: Waves, i: Instruction, how: str, at, size: int, active, values=()) -> None:
+    """Tells the watches of an access."""
+    for each in () if i.form.startswith("SCRATCH") else w.shared.watches:
+        told = each.local if i.form.startswith("DS") or how == "direct" else each.memory
+        told(w, i, how, at, size, active, values)
 
 
-def _loaded(w: Waves, i: Instruction, find: Callable, size: int) -> list[np.ndarray]:
+def loaded(w: Waves, i: Instruction, find: Callable, size: int) -> list[np.ndarray]:
     """Registers [waves, 64] of a load; 0 outside of a buffer."""
     memory, at, active, inside = find(w)
-    _told(w, i, "read", at, size, active)
+    _tell(w, i, "read", at, size, active)
     values = gather(memory, at, size)
     return values if inside is None else [np.where(inside, value, U32(0)) for value in values]
 
 
-def _load(i: Instruction, kernel: Kernel) -> Run:
-    size, find = _size(i), _access(i, kernel, "read")
-    row = i.get("vdst" if i.has("vdst") else "vdata") - 256
-    row += kernel.accumulators_at if i.get("acc") else 0
-    return lambda w: receive(w, i, "vector", row, _loaded(w, i, find, size))
+def load(i: Instruction, kernel: Kernel) -> Run:
+    if i.form.startswith("MUBUF") and i.get("lds"):
+        return _load_to_lds(i, kernel)
+    size, finds, row = size_of(i), accesses(i, kernel), row_of(i, kernel, "vdst", "vdata")
+    return lambda w: receive(
+        w, i, row, [value for find in finds for value in loaded(w, i, find, size)]
+    )
 
 
-def _store(i: Instruction, kernel: Kernel) -> Run:
-    size, find = _size(i), _access(i, kernel, "write")
-    row = i.get("data" if i.has("data") else "vdata") - 256
-    row += kernel.accumulators_at if i.get("acc") else 0
+def store(i: Instruction, kernel: Kernel) -> Run:
+    size, finds = size_of(i), accesses(i, kernel)
+    rows = [row_of(i, kernel, first, "data", "vdata") for first in ("data0", "data1")]
 
     def run(w: Waves) -> None:
-        memory, at, active, _ = find(w)
-        values = stored(w, i, row, max(1, size // 4), active)
-        _told(w, i, "write", at, size, active, values)
-        scatter(memory, chosen(w, at, active), values, size)
-        w.issue(i, "vector")
+        for find, row in zip(finds, rows):
+            memory, at, active, _ = find(w)
+            values = _stored(w, i, row, size, active)
+            _tell(w, i, "write", at, size, active, values)
+            scatter(memory, chosen(at, active), values, size)
+        w.issue(i)
 
     return run
 
 
-def check_lds(w: Waves, at: np.ndarray, size: int) -> None:
+def _check_lds(w: Waves, at: np.ndarray, size: int) -> None:
     """Raises Fault where active lanes access LDS outside of their workgroup's."""
     outside = ((at < 0) | (at > w.shared.lds_size - size)) & w.exec
     if outside.any():
@@ -207,20 +236,19 @@ def check_lds(w: Waves, at: np.ndarray, size: int) -> None:
 
 def _load_to_lds(i: Instruction, kernel: Kernel) -> Run:
     """A load whose data go to LDS at M0 + offset + lane · size, no register in between."""
-    size, find = _size(i), _access(i, kernel, "read")
+    size, (find,) = size_of(i), accesses(i, kernel)
     step = i.get("offset") if i.form.startswith("MUBUF") else signed(i.get("offset"), 13)
     lane = np.arange(LANES) * size
 
     def run(w: Waves) -> None:
-        values = _loaded(w, i, find, size)
+        values = loaded(w, i, find, size)
         target = w.scalar[M0].astype(I64)[:, None] + step + lane
-        check_lds(w, target, size)
+        _check_lds(w, target, size)
         target = target + w.lds_at
-        values, active = [chosen(w, value, w.active) for value in values], w.active
-        for each in w.shared.watches:
-            each.local(w, i, "direct", target, size, active, values)
-        places = chosen(w, target, active)
-        w.issue(i, "vector", lambda: scatter(w.shared.lds, places, values, size))
+        values = [chosen(value, w.active) for value in values]
+        _tell(w, i, "direct", target, size, w.active, values)
+        places = chosen(target, w.active)
+        w.issue(i, lambda: scatter(w.shared.lds, places, values, size))
 
     return run
 
@@ -235,21 +263,12 @@ def _f16_sum(old: np.ndarray, new: np.ndarray) -> np.ndarray:
     return (old.view(np.float16) + new.view(np.float16)).view(U32)
 
 
-def _integers(function: Callable) -> Callable:
-    """A function of signed numbers on the bits of unsigned ones."""
-    kind = {4: np.int32, 8: np.int64}
-    return lambda old, new: function(*(x.view(kind[x.dtype.itemsize]) for x in (old, new))).view(
-        old.dtype
-    )
+def _as(kinds: dict[int, type], function: Callable) -> Callable:
+    """A function of the numbers, of a type by their bytes, whose bits unsigned ones hold."""
+    return lambda *bits: function(*(x.view(kinds[x.itemsize]) for x in bits)).view(bits[0].dtype)
 
 
-def _reals(function: Callable) -> Callable:
-    kind = {4: F32, 8: np.float64}
-    return lambda old, new: function(*(x.view(kind[x.dtype.itemsize]) for x in (old, new))).view(
-        old.dtype
-    )
-
-
+_SIGNED, _REAL = {4: np.int32, 8: np.int64}, {4: F32, 8: np.float64}
 _ATOMIC = {
     "add": np.add,
     "sub": np.subtract,
@@ -258,11 +277,11 @@ _ATOMIC = {
     "xor": np.bitwise_xor,
     "umin": np.minimum,
     "umax": np.maximum,
-    "smin": _integers(np.minimum),
-    "smax": _integers(np.maximum),
+    "smin": _as(_SIGNED, np.minimum),
+    "smax": _as(_SIGNED, np.maximum),
     "swap": lambda old, new: new,
-    "add_f32": _reals(np.add),
-    "add_f64": _reals(np.add),
+    "add_f32": _as(_REAL, np.add),
+    "add_f64": _as(_REAL, np.add),
     "pk_add_bf16": _bf16_sum,
     "pk_add_f16": _f16_sum,
 }
@@ -275,15 +294,14 @@ def _joined(w: Waves, row: int, words: int, active: np.ndarray) -> np.ndarray:
     return low if words == 1 else low.astype(U64) | w.vector[row + 1][active].astype(U64) << 32
 
 
-def atomic(i: Instruction, kernel: Kernel, find: Callable, operation: str, size: int) -> Run:
+def atomic(i: Instruction, kernel: Kernel, operation: str) -> Run:
     """A read-modify-write of each lane in turn, in global memory or LDS."""
-    function, words, in_lds = _ATOMIC.get(operation), size // 4, i.form.startswith("DS")
+    function, size, (find,) = _ATOMIC.get(operation), size_of(i), accesses(i, kernel)
     if function is None and operation != "cmpswap":
         raise NotImplementedError(i.name)
-    at_acc = kernel.accumulators_at if i.get("acc") else 0
-    data = i.get("data0" if in_lds else "data" if i.has("data") else "vdata") - 256 + at_acc
-    row = i.get("vdst" if i.has("vdst") else "vdata") - 256 + at_acc
-    returns = "_rtn" in i.name if in_lds else bool(i.get("sc0"))
+    words, row = size // 4, row_of(i, kernel, "vdst", "vdata")
+    data = row_of(i, kernel, "data0", "data", "vdata")
+    returns = "_rtn" in i.name or bool(i.get("sc0"))
 
     def run(w: Waves) -> None:
         memory, at, active, _ = find(w)
@@ -291,9 +309,7 @@ def atomic(i: Instruction, kernel: Kernel, find: Callable, operation: str, size:
         places, values = at[active], _joined(w, data, words, active)
         if (places % size).any():
             raise Fault(f"atomic of {size} bytes at a place that they do not divide")
-        for each in w.shared.watches:
-            told = each.local if in_lds else each.memory
-            told(w, i, "atomic", at, size, active, ())
+        _tell(w, i, "atomic", at, size, active)
         cells, places = memory.view(values.dtype), places // size
         compare = None if function else _joined(w, data + words, words, active)
         before = np.empty_like(values)
@@ -309,29 +325,18 @@ def atomic(i: Instruction, kernel: Kernel, find: Callable, operation: str, size:
                 w.vector[row + n][active] = (before >> before.dtype.type(32 * n)).astype(U32)
 
         registers = w.vector[row : row + words] if returns else None
-        w.issue(i, "local" if in_lds else "vector", deliver, registers)
+        w.issue(i, deliver, registers)
 
     return run
 
 
 def _global_atomic(i: Instruction, kernel: Kernel) -> Run:
-    operation = i.name.split("_atomic_")[1].removesuffix("_x2")
-    return atomic(i, kernel, _access(i, kernel, "atomic"), operation, _size(i))
+    return atomic(i, kernel, i.name.split("_atomic_")[1].removesuffix("_x2"))
 
 
-_KINDS: list[tuple[str, Callable[[Instruction, Kernel], Run]]] = [
+MEMORY: Kinds = [
     (r"(global|buffer)_atomic_\w+", _global_atomic),
     (r"global_load_lds_\w+", _load_to_lds),
-    (r"(global|buffer|scratch)_load_\w+", _load),
-    (r"(global|buffer|scratch)_store_\w+", _store),
+    (r"(global|buffer|scratch)_load_\w+", load),
+    (r"(global|buffer|scratch)_store_\w+", store),
 ]
-
-
-def compile_memory(i: Instruction, kernel: Kernel) -> Run | None:
-    """The instruction as a function of the waves, None when it is not known here."""
-    if i.form.startswith("MUBUF") and i.get("lds"):
-        return _load_to_lds(i, kernel)
-    for pattern, make in _KINDS:
-        if re.fullmatch(pattern, i.name):
-            return make(i, kernel)
-    return None

@@ -6,12 +6,16 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .code_object import Kernel
 from .program import FLOATS, Instruction
 from .waves import LANES, U16, U32, U64, Waves
 
 Read = Callable[[Waves], np.ndarray]
 Run = Callable[[Waves], None]
 """An instruction as a function of the waves."""
+Kinds = list[tuple[str, Callable[[Instruction, Kernel], Run]]]
+"""Patterns of names, and what makes a Run of such an instruction. It may raise NotImplementedError
+and KeyError for forms that are missing."""
 TYPES = {
     "u": np.uint32,
     "i": np.int32,

@@ -85,6 +85,18 @@ class Instruction:
             return None
         return self.address + 4 + 4 * signed(self.get("simm16"), 16)
 
+    @cached_property
+    def counter(self) -> str | None:
+        """Which counter it raises: "vector" memory or "local" (LDS), both in order, or "scalar"
+        memory (in any order; it shares the counter of the LDS)."""
+        if self.name in ("buffer_inv", "buffer_wbl2"):
+            return None
+        if self.form.startswith(("GLOBAL", "MUBUF", "SCRATCH", "FLAT")):
+            return "vector"
+        if self.form.startswith("DS"):
+            return "local"
+        return "scalar" if self.name.startswith(("s_load", "s_buffer_load")) else None
+
     def __str__(self) -> str:
         return f"{self.address:#06x}  {self.raw!r}"
 
@@ -113,7 +125,7 @@ def decode_one(code: bytes, address: int = 0) -> Instruction:
     try:
         raw = _decoded(_own_bytes(code))
     except (ValueError, AssertionError, KeyError) as error:
-        raise Undecodable(f"no instruction at {address:#x}: {code.hex()}") from error
+        raise Undecodable(f"{code.hex()} at {address:#x} is no instruction") from error
     name = re.sub(r"_e(32|64)$", "", raw.op.name.lower())
     return Instruction(address, raw.size(), name, type(raw).__name__, raw)
 
@@ -127,6 +139,8 @@ def decode(kernel: Kernel) -> dict[int, Instruction]:
         address = todo.pop()
         while address not in found:
             at = address - kernel.address
+            if not 0 <= at < len(kernel.code):
+                raise Undecodable(f"the code ends and execution goes on at {address:#x}")
             found[address] = each = decode_one(kernel.code[at : at + 16], address)
             if each.target is not None:
                 todo.append(each.target)

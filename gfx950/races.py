@@ -115,11 +115,11 @@ class LocalRaces(_Reports):
         self.read[places], self.reading[places] = epoch, True
         self.places += ((places, wave, True),)
 
-    def issue(self, w: Waves, i: Instruction, counter: str) -> None:
+    def issue(self, w: Waves, i: Instruction) -> None:
         for number in w.slot:
             mine = [(places[wave == number], reads) for places, wave, reads in self.places]
             if mine or self.open[number]:
-                self.open[number].append((counter, mine))
+                self.open[number].append((i.counter, mine))
         self.places = ()
 
     def wait(self, w: Waves, vector: int, local: int) -> None:

@@ -10,7 +10,6 @@ from .program import EXEC, M0, OFF, VCC, Instruction
 
 SCALAR = 1024
 """Registers as numbers: rows of Waves.vector, and SCALAR + n for scalar register n."""
-SCC = SCALAR + 253
 _TARGETS = {"vdst", "sdst", "sdata"}
 _KEEPS_OLD = re.compile(
     r"v_(fmac_f32|cvt_pk_(fp8|bf8)_f32|cvt_scalef32_pk_(fp8|bf8|fp4)_\w+|permlane\w+swap_b32"
@@ -22,7 +21,7 @@ _COMPARES = re.compile(r"s_(cmpk?|bitcmp[01])_")
 def name(register: int) -> str:
     """As in assembly."""
     special = {SCALAR + VCC: "vcc_lo", SCALAR + VCC + 1: "vcc_hi", SCALAR + M0: "m0"}
-    special |= {SCALAR + EXEC: "exec_lo", SCALAR + EXEC + 1: "exec_hi", SCC: "scc"}
+    special |= {SCALAR + EXEC: "exec_lo", SCALAR + EXEC + 1: "exec_hi"}
     prefix = f"s{register - SCALAR}" if register >= SCALAR else f"v{register}"
     return special.get(register, prefix)
 
@@ -77,29 +76,26 @@ def operand(i: Instruction, field: str, accumulators_at: int) -> set[int]:
     return set(_span(i, field, words, _shift(i, field, accumulators_at)))
 
 
+_VCC, _EXEC = ({SCALAR + n, SCALAR + n + 1} for n in (VCC, EXEC))
+_IMPLICIT: tuple[tuple[str, set[int], set[int]], ...] = (
+    (r"VOP2\S* v_(cndmask|addc|subb).*|\S+ v_div_fmas.*|\S+ s_cbranch_vcc.*", _VCC, set()),
+    (r"VOP2\S* v_\w+_co_u32", set(), _VCC),
+    (r"\S+ s_cbranch_exec.*", _EXEC, set()),
+    (r"\S+ s_\w+_saveexec_b64", _EXEC, _EXEC),
+    (r"\S+ \w+_load_lds_.*", {SCALAR + M0}, set()),
+)
+"""Form and name of instructions, and the registers that they read and write without naming them."""
+
+
 def _implicit(i: Instruction) -> tuple[set[int], set[int]]:
     """(read, written) registers that no field names."""
     read, written = set(), set()
-    vcc, execs = (set(range(SCALAR + n, SCALAR + n + 2)) for n in (VCC, EXEC))
-    if i.form.startswith("VOP2") and i.name.startswith(("v_cndmask", "v_addc", "v_subb")):
-        read |= vcc
-    if i.name.startswith("v_div_fmas"):
-        read |= vcc
-    if i.form.startswith("VOP2") and "_co_" in i.name:
-        written |= vcc
+    for pattern, reads, writes in _IMPLICIT:
+        if re.fullmatch(pattern, f"{i.form} {i.name}"):
+            read, written = read | reads, written | writes
     if i.form.startswith("VOPC") and not i.get("sd"):
-        written |= vcc
-    if "saveexec" in i.name:
-        read |= execs
-        written |= execs | {SCC}
-    branch = re.match(r"s_cbranch_(vcc|exec|scc)", i.name)
-    if branch:
-        read |= {"vcc": vcc, "exec": execs, "scc": {SCC}}[branch[1]]
-    if i.name.startswith(("s_cselect", "s_addc", "s_subb")):
-        read |= {SCC}
-    if _COMPARES.match(i.name):
-        written |= {SCC}
-    if i.form.startswith("MUBUF") and i.get("lds") or "_lds_" in i.name:
+        written |= _VCC
+    if i.form.startswith("MUBUF") and i.get("lds"):
         read |= {SCALAR + M0}
     return read, written
 
@@ -109,8 +105,7 @@ def registers(i: Instruction, accumulators_at: int) -> tuple[set[int], set[int]]
     read, written = _implicit(i)
     if i.name in ("buffer_inv", "buffer_wbl2"):
         return read, written
-    memory = i.form.startswith(("GLOBAL", "MUBUF", "DS", "SCRATCH", "FLAT"))
-    unused = _memory_unused(i) if memory else set()
+    unused = _memory_unused(i) if i.counter in ("vector", "local") else set()
     targets = _TARGETS | ({"vdata"} if "load" in i.name else set())
     for field in i.operands:
         field = f"v{field}" if i.has(f"v{field}") else field

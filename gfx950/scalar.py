@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .operands import TYPES, Run, scalar
+from .code_object import Kernel
+from .operands import Kinds, Read, Run, scalar
 from .program import EXEC, Instruction, signed
+from .vector import mul_high, reversed_bits
 from .waves import I64, U32, U64, Fault, Waves
 
 I32 = np.int32
@@ -32,12 +34,6 @@ def _field(x: np.ndarray, where: np.ndarray) -> np.ndarray:
     return np.array(fields, f"u{bits // 8}").view(x.dtype)
 
 
-def _reversed(x: np.ndarray) -> np.ndarray:
-    octets = np.ascontiguousarray(np.atleast_1d(x)).view(np.uint8).reshape(-1, 4)
-    bits = np.unpackbits(octets, axis=1, bitorder="little")
-    return np.packbits(bits[:, ::-1], axis=1, bitorder="little").view(U32)[:, 0]
-
-
 def _first_one(x: np.ndarray) -> np.ndarray:
     """Number of the lowest set bit, -1 when there is none."""
     lowest = x & (~x + x.dtype.type(1))
@@ -53,14 +49,12 @@ def _overflow(total: np.ndarray) -> np.ndarray:
     return total != total.astype(I32)
 
 
-# name: (types of the operands, result, SCC: "nz" for a result that is not zero, None for no change,
-# else a function of the operands)
-ALU: dict[str, tuple[str, Callable, str | Callable | None]] = {
+ALU: dict[str, tuple[str, Callable | None, str | Callable | None]] = {
     "s_mov_b32": ("u", lambda a: a, None),
     "s_mov_b64": ("U", lambda a: a, None),
     "s_not_b32": ("u", lambda a: ~a, "nz"),
     "s_not_b64": ("U", lambda a: ~a, "nz"),
-    "s_brev_b32": ("u", _reversed, None),
+    "s_brev_b32": ("u", reversed_bits, None),
     "s_abs_i32": ("i", np.abs, "nz"),
     "s_bcnt1_i32_b32": ("u", _count, "nz"),
     "s_bcnt1_i32_b64": ("U", _count, "nz"),
@@ -73,8 +67,8 @@ ALU: dict[str, tuple[str, Callable, str | Callable | None]] = {
     "s_add_i32": ("ii", lambda a, b: a + b, lambda a, b: _overflow(_wide(a) + _wide(b))),
     "s_sub_i32": ("ii", lambda a, b: a - b, lambda a, b: _overflow(_wide(a) - _wide(b))),
     "s_mul_i32": ("ii", lambda a, b: a * b, None),
-    "s_mul_hi_i32": ("ii", lambda a, b: (_wide(a) * _wide(b) >> 32).astype(I32), None),
-    "s_mul_hi_u32": ("uu", lambda a, b: (a.astype(U64) * b.astype(U64) >> 32).astype(U32), None),
+    "s_mul_hi_i32": ("ii", mul_high, None),
+    "s_mul_hi_u32": ("uu", mul_high, None),
     "s_lshl_b32": ("uu", lambda a, b: a << (b & 31), "nz"),
     "s_lshr_b32": ("uu", lambda a, b: a >> (b & 31), "nz"),
     "s_ashr_i32": ("iu", lambda a, b: a >> (b & 31).astype(I32), "nz"),
@@ -92,7 +86,21 @@ ALU: dict[str, tuple[str, Callable, str | Callable | None]] = {
     "s_pack_ll_b32_b16": ("uu", lambda a, b: a & 0xFFFF | b << 16, None),
     "s_pack_lh_b32_b16": ("uu", lambda a, b: a & 0xFFFF | b & 0xFFFF0000, None),
     "s_pack_hh_b32_b16": ("uu", lambda a, b: a >> 16 | b & 0xFFFF0000, None),
+    "s_addc_u32": ("uuc", lambda a, b, c: a + b + c, lambda a, b, c: _wide(a) + b + c >= 1 << 32),
+    "s_subb_u32": ("uuc", lambda a, b, c: a - b - c, lambda a, b, c: _wide(b) + c > a),
+    "s_cselect_b32": ("uuc", lambda a, b, c: np.where(c, a, b), None),
+    "s_cselect_b64": ("UUc", lambda a, b, c: np.where(c, a, b), None),
+    "s_bitset0_b32": ("u:u", lambda a, old: old & ~(U32(1) << (a & 31)), None),
+    "s_bitset1_b32": ("u:u", lambda a, old: old | U32(1) << (a & 31), None),
+    "s_bitcmp0_b32": ("uu", None, lambda a, b: a >> (b & 31) & 1 == 0),
+    "s_bitcmp1_b32": ("uu", None, lambda a, b: a >> (b & 31) & 1 == 1),
+    "s_movk_i32": ("k", lambda k: k, None),
+    "s_addk_i32": ("k:i", lambda k, old: old + k, lambda k, old: _overflow(_wide(old) + k)),
+    "s_mulk_i32": ("k:i", lambda k, old: old * k, None),
 }
+"""name: (operands, result (None: only SCC), SCC: "nz" for a result that is not zero, None for no
+change, else a function of the operands). Operands are types of operands.TYPES; c is SCC, k and K
+are the 16-bit constant with sign and without, and one behind ":" is the target's old value."""
 _LOGIC = {
     "and": lambda a, b: a & b,
     "or": lambda a, b: a | b,
@@ -120,83 +128,45 @@ _COMPARE = {
     "lt": np.less,
     "le": np.less_equal,
 }
+for _name, _function in _COMPARE.items():
+    for _kind in "iu":
+        ALU[f"s_cmp_{_name}_{_kind}32"] = (_kind * 2, None, _function)
+        ALU[f"s_cmpk_{_name}_{_kind}32"] = ({"i": "ik", "u": "uK"}[_kind], None, _function)
+for _name in ("eq", "lg"):
+    ALU[f"s_cmp_{_name}_u64"] = ("UU", None, _COMPARE[_name])
 
 
-def _alu(i: Instruction) -> Run:
+def _operands(i: Instruction, types: str) -> list[Read]:
+    """Readers of the operands that a row of ALU names."""
+    types, _, old = types.partition(":")
+    fields = iter(("ssrc0", "ssrc1") if i.has("ssrc0") else ("sdst",))
+    constant = i.get("simm16")
+    special: dict[str, Read] = {
+        "c": lambda w: w.scc,
+        "k": lambda w: I32(signed(constant, 16)),
+        "K": lambda w: U32(constant),
+    }
+    reads = [special.get(t) or scalar(i.get(next(fields)), i.literal, t) for t in types]
+    return reads + [scalar(i.get("sdst"), None, t) for t in old]
+
+
+def _alu(i: Instruction, kernel: Kernel) -> Run:
     types, function, scc = ALU[i.name]
-    reads = [scalar(i.get(f), i.literal, t) for f, t in zip(("ssrc0", "ssrc1"), types)]
-    target = i.get("sdst")
+    reads, target = _operands(i, types), i.get("sdst")
 
     def run(w: Waves) -> None:
         values = [read(w) for read in reads]
-        result = np.asarray(function(*values))
+        result = np.asarray(function(*values)) if function else None
         if scc is not None:
             changed = result != 0 if scc == "nz" else scc(*values)
             w.scc = np.broadcast_to(changed, w.count)
-        w.set_scalar(target, result.view(U32) if result.dtype.itemsize == 4 else result)
+        if function:
+            w.set_scalar(target, result.view(U32) if result.dtype.itemsize == 4 else result)
 
     return run
 
 
-def _carried(i: Instruction) -> Run:
-    """s_addc_u32 and s_subb_u32."""
-    a, b = (scalar(i.get(f), i.literal, "u") for f in ("ssrc0", "ssrc1"))
-    sign, target = -1 if i.name == "s_subb_u32" else 1, i.get("sdst")
-
-    def run(w: Waves) -> None:
-        total = _wide(a(w)) + sign * (_wide(b(w)) + w.scc)
-        w.scc = np.broadcast_to((total < 0) | (total >= 1 << 32), w.count)
-        w.set_scalar(target, total.astype(U32))
-
-    return run
-
-
-def _compare(i: Instruction) -> Run:
-    operation, kind = re.match(r"s_cmpk?_(\w+?)_([iu]\d\d)", i.name).groups()
-    kind = {"i32": "i", "u32": "u", "u64": "U"}[kind]
-    if i.form.startswith("SOPK"):
-        a, value = scalar(i.get("sdst"), None, kind), i.get("simm16")
-        number = TYPES[kind](signed(value, 16) if kind == "i" else value)
-        b = scalar(255, int(number) & 0xFFFFFFFF, kind)
-    else:
-        a, b = (scalar(i.get(f), i.literal, kind) for f in ("ssrc0", "ssrc1"))
-    function = _COMPARE[operation]
-
-    def run(w: Waves) -> None:
-        w.scc = np.broadcast_to(function(a(w), b(w)), w.count)
-
-    return run
-
-
-def _bit_compare(i: Instruction) -> Run:
-    a, b = (scalar(i.get(f), i.literal, "u") for f in ("ssrc0", "ssrc1"))
-    want = int(i.name[8])
-
-    def run(w: Waves) -> None:
-        w.scc = np.broadcast_to(a(w) >> (b(w) & 31) & 1 == want, w.count)
-
-    return run
-
-
-def _set_bit(i: Instruction) -> Run:
-    """s_bitset: the bit of the target that the source numbers becomes 0 or 1; others stay."""
-    at, target = scalar(i.get("ssrc0"), i.literal, "u"), i.get("sdst")
-    old, one = scalar(target, None, "u"), i.name[8] == "1"
-
-    def run(w: Waves) -> None:
-        bit = U32(1) << (at(w) & 31)
-        w.set_scalar(target, old(w) | bit if one else old(w) & ~bit)
-
-    return run
-
-
-def _select(i: Instruction) -> Run:
-    kind, target = "U" if i.name.endswith("64") else "u", i.get("sdst")
-    a, b = (scalar(i.get(f), i.literal, kind) for f in ("ssrc0", "ssrc1"))
-    return lambda w: w.set_scalar(target, np.where(w.scc, a(w), b(w)))
-
-
-def _save_exec(i: Instruction) -> Run:
+def _save_exec(i: Instruction, kernel: Kernel) -> Run:
     """sdst = EXEC; EXEC = source, operation, EXEC."""
     function = _LOGIC[re.match(r"s_(\w+)_saveexec", i.name)[1]]
     source, old = scalar(i.get("ssrc0"), i.literal, "U"), scalar(EXEC, None, "U")
@@ -212,25 +182,7 @@ def _save_exec(i: Instruction) -> Run:
     return run
 
 
-def _immediate(i: Instruction) -> Run:
-    """s_movk, s_addk and s_mulk with a 16-bit constant."""
-    number, target = I32(signed(i.get("simm16"), 16)), i.get("sdst")
-    old, kind = scalar(target, None, "i"), i.name
-
-    def run(w: Waves) -> None:
-        if kind == "s_movk_i32":
-            w.set_scalar(target, np.full(w.count, number).view(U32))
-        elif kind == "s_mulk_i32":
-            w.set_scalar(target, (old(w) * number).view(U32))
-        else:
-            before = old(w)
-            w.scc = _overflow(_wide(before) + int(number))
-            w.set_scalar(target, (before + number).view(U32))
-
-    return run
-
-
-def _set_mode(i: Instruction) -> Run:
+def _set_mode(i: Instruction, kernel: Kernel) -> Run:
     """s_setreg_imm32: fields of the MODE register; other hardware registers compute nothing."""
     where = i.get("simm16")
     register, offset, size = where & 63, where >> 6 & 31, (where >> 11) + 1
@@ -244,13 +196,13 @@ def _set_mode(i: Instruction) -> Run:
     return run
 
 
-def _program_counter(i: Instruction) -> Run:
+def _program_counter(i: Instruction, kernel: Kernel) -> Run:
     """s_getpc_b64: the address of the next instruction."""
     target, after = i.get("sdst"), U64(i.address + i.size)
     return lambda w: w.set_scalar(target, np.full(w.count, after))
 
 
-def _load(i: Instruction) -> Run:
+def _load(i: Instruction, kernel: Kernel) -> Run:
     words = int(re.search(r"dwordx?(\d*)", i.name)[1] or 1)
     base, target = scalar(i.get("sbase"), None, "U"), i.get("sdata")
     limit = scalar(i.get("sbase") + 2, None, "u") if i.name.startswith("s_buffer") else None
@@ -271,7 +223,7 @@ def _load(i: Instruction) -> Run:
             w.scalar[target : target + words] = values
             w.masks.clear()
 
-        w.issue(i, "scalar", deliver, w.scalar[target : target + words])
+        w.issue(i, deliver, w.scalar[target : target + words])
 
     return run
 
@@ -282,36 +234,26 @@ def wait_counts(i: Instruction) -> tuple[int, int]:
     return bits & 15 | bits >> 14 << 4, bits >> 8 & 15
 
 
-_SPECIAL: list[tuple[str, Callable[[Instruction], Run]]] = [
-    (r"s_(addc|subb)_u32", _carried),
-    (r"s_cmpk?_(eq|lg|gt|ge|lt|le)_(i32|u32|u64)", _compare),
-    (r"s_bitcmp[01]_b32", _bit_compare),
-    (r"s_bitset[01]_b32", _set_bit),
-    (r"s_cselect_b(32|64)", _select),
+def _wait(i: Instruction, kernel: Kernel) -> Run:
+    counts = wait_counts(i)
+    return lambda w: w.wait(*counts)
+
+
+def _nothing(i: Instruction, kernel: Kernel) -> Run:
+    """Without effect on what is computed."""
+    return lambda w: None
+
+
+SCALAR: Kinds = [
+    (r"s_waitcnt", _wait),
+    (r"s_nop|s_setprio|s_sleep|s_sethalt|s_barrier|s_endpgm|v_nop", _nothing),
+    (r"s_[di]cache_(wb|inv)|buffer_(inv|wbl2)", _nothing),
     (r"s_(and|or|xor|andn2|orn2)_saveexec_b64", _save_exec),
-    (r"s_(mov|add|mul)k_i32", _immediate),
     (r"s_setreg_imm32_b32", _set_mode),
     (r"s_getpc_b64", _program_counter),
     (r"s_(buffer_)?load_dword\w*", _load),
+    ("|".join(ALU), _alu),
 ]
-NOTHING = frozenset(
-    "s_nop s_setprio s_sleep s_dcache_wb s_dcache_inv s_icache_inv s_sethalt s_barrier s_endpgm"
-    " buffer_inv buffer_wbl2 v_nop".split()
-)
-"""Instructions without effect on what is computed."""
-
-
-def compile_scalar(i: Instruction) -> Run | None:
-    """The instruction as a function of the waves, None when it is not known here."""
-    if i.name == "s_waitcnt":
-        counts = wait_counts(i)
-        return lambda w: w.wait(*counts)
-    if i.name in NOTHING:
-        return lambda w: None
-    for pattern, make in _SPECIAL:
-        if re.fullmatch(pattern, i.name):
-            return make(i)
-    return _alu(i) if i.name in ALU else None
 
 
 def branch_taken(i: Instruction) -> Callable[[Waves], np.ndarray]:

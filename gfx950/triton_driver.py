@@ -28,7 +28,7 @@ class Executed:
     grid: tuple[int, ...]
     told: Launch
     prepared: float
-    """Seconds to decode and compile the instructions, 0 when they were known."""
+    """CPU seconds to decode and compile the instructions, 0 when they were known."""
     seconds: float
 
     @property
@@ -132,13 +132,13 @@ def executing(
         # Triton makes arguments that are 1 constants too: its signature says which are left.
         signature = compiled.src.signature.items()
         values = [given[name] for name, kind in signature if kind != "constexpr"]
-        start = time.perf_counter()
+        start = time.process_time()
         told, ready = Launch(), start
         if run:
             program(compiled.asm["hsaco"], compiled.metadata.name)
-            ready = time.perf_counter()
+            ready = time.process_time()
             told = execute_compiled(compiled, size, values, options)
-        seconds = time.perf_counter() - ready
+        seconds = time.process_time() - ready
         ran.append(Executed(compiled, size, told, ready - start, seconds))
         return compiled
 

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import numpy as np
 
 from . import floats
-from .convert import CONVERSIONS
-from .lanes import LANE_INSTRUCTIONS
-from .operands import Run, destination, raw_vector, sources, vector, with_sign
+from .code_object import Kernel
+from .convert import PLAIN_CONVERSIONS
+from .operands import Kinds, Read, Run, destination, raw_vector, sources, vector, with_sign
 from .program import VCC, Instruction
 from .waves import F32, I64, U16, U32, U64, Waves
 
@@ -33,6 +32,11 @@ def _i64(x: np.ndarray) -> np.ndarray:
     return np.asarray(x).astype(I64)
 
 
+def _carried(total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(low 32 bits, whether there are more) of a sum or difference."""
+    return total.astype(U32), (total < 0) | (total >= 1 << 32)
+
+
 def _field(x: np.ndarray, offset: np.ndarray, width: np.ndarray) -> np.ndarray:
     """Bits of `x`, signed when x is; a width of 0 gives 0."""
     offset, width = (_i64(n) & 31 for n in (offset, width))
@@ -42,7 +46,7 @@ def _field(x: np.ndarray, offset: np.ndarray, width: np.ndarray) -> np.ndarray:
     return found.astype(x.dtype)
 
 
-def _reversed_bits(x: np.ndarray) -> np.ndarray:
+def reversed_bits(x: np.ndarray) -> np.ndarray:
     for step, keep in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF)):
         x = x >> step & keep | (x & keep) << step
     return x >> 16 | x << 16
@@ -67,7 +71,7 @@ def _permuted(a: np.ndarray, b: np.ndarray, select: np.ndarray) -> np.ndarray:
     return result
 
 
-def _mul_high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def mul_high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     wide = I64 if a.dtype == I32 else U64
     return (a.astype(wide) * b.astype(wide) >> wide(32)).astype(a.dtype)
 
@@ -154,13 +158,12 @@ def _turns(function: Callable) -> Callable:
 _reciprocal = _transcendental(lambda x: 1 / x)
 _LOW24 = 0xFFFFFF
 
-# name: (types of the operands, see operands.TYPES; after ":" that of the destination's old value),
-# result
 SIMPLE: dict[str, tuple[str, Callable]] = {
+    **PLAIN_CONVERSIONS,
     "v_mov_b32": ("u", lambda a: a),
     "v_mov_b64": ("U", lambda a: a),
     "v_not_b32": ("u", lambda a: ~a),
-    "v_bfrev_b32": ("u", _reversed_bits),
+    "v_bfrev_b32": ("u", reversed_bits),
     "v_ffbh_u32": ("u", _leading),
     "v_add_f32": ("ff", lambda a, b: a + b),
     "v_sub_f32": ("ff", lambda a, b: a - b),
@@ -233,10 +236,10 @@ SIMPLE: dict[str, tuple[str, Callable]] = {
     "v_perm_b32": ("uuu", _permuted),
     "v_bcnt_u32_b32": ("uu", lambda a, b: np.bitwise_count(a).astype(U32) + b),
     "v_mul_lo_u32": ("uu", lambda a, b: a * b),
-    "v_mul_hi_u32": ("uu", _mul_high),
-    "v_mul_hi_i32": ("ii", _mul_high),
+    "v_mul_hi_u32": ("uu", mul_high),
+    "v_mul_hi_i32": ("ii", mul_high),
     "v_mul_u32_u24": ("uu", lambda a, b: (a & _LOW24) * (b & _LOW24)),
-    "v_mul_hi_u32_u24": ("uu", lambda a, b: _mul_high(a & _LOW24, b & _LOW24)),
+    "v_mul_hi_u32_u24": ("uu", lambda a, b: mul_high(a & _LOW24, b & _LOW24)),
     "v_mad_u32_u24": ("uuu", lambda a, b, c: (a & _LOW24) * (b & _LOW24) + c),
     "v_min_i32": ("ii", np.minimum),
     "v_max_i32": ("ii", np.maximum),
@@ -250,7 +253,39 @@ SIMPLE: dict[str, tuple[str, Callable]] = {
     "v_mul_f16": ("hh", lambda a, b: a * b),
     "v_max_f16": ("hh", np.fmax),
     "v_pack_b32_f16": ("ss", lambda a, b: a.astype(U32) | b.astype(U32) << 16),
+    "v_mad_u64_u32": ("uuU", lambda a, b, c: _u64(a) * b + c),
+    "v_mad_i64_i32": ("iiI", lambda a, b, c: _i64(a) * b + c),
+    "v_cndmask_b32": ("ffm", lambda a, b, mask: np.where(mask, b, a)),
+    "v_div_fmas_f32": ("fffm", _div_fmas),
 }
+"""name: (operands, result). Operands are types of operands.TYPES; m is the mask in VCC or in the
+pair that src2 names, and one behind ":" is the target's old value."""
+WITH_MASK: dict[str, tuple[str, Callable]] = {
+    "v_add_co_u32": ("uu", lambda a, b: _carried(_i64(a) + b)),
+    "v_sub_co_u32": ("uu", lambda a, b: _carried(_i64(a) - b)),
+    "v_subrev_co_u32": ("uu", lambda a, b: _carried(_i64(b) - a)),
+    "v_addc_co_u32": ("uum", lambda a, b, carry: _carried(_i64(a) + b + carry)),
+    "v_subb_co_u32": ("uum", lambda a, b, carry: _carried(_i64(a) - b - carry)),
+    "v_subbrev_co_u32": ("uum", lambda a, b, carry: _carried(_i64(b) - a - carry)),
+    "v_div_scale_f32": ("fff", _div_scale),
+}
+"""The same for instructions that also give a mask, into VCC or the pair that they name."""
+PACKED: dict[str, tuple[str, Callable]] = {
+    "v_pk_fma_f32": ("fff", _fma),
+    "v_pk_mul_f32": ("ff", np.multiply),
+    "v_pk_add_f32": ("ff", np.add),
+    "v_pk_lshlrev_b16": ("ss", _shift(np.left_shift)),
+    "v_pk_lshrrev_b16": ("ss", _shift(np.right_shift)),
+    "v_pk_ashrrev_i16": ("tt", _shift(np.right_shift)),
+    "v_pk_add_u16": ("ss", np.add),
+    "v_pk_mul_lo_u16": ("ss", np.multiply),
+    "v_pk_max_i16": ("tt", np.maximum),
+    "v_pk_min_i16": ("tt", np.minimum),
+    "v_pk_add_f16": ("hh", np.add),
+    "v_pk_mul_f16": ("hh", np.multiply),
+    "v_pk_max_f16": ("hh", np.fmax),
+}
+"""The same for instructions that do it twice: on the registers of pairs, or on halves of one."""
 _COMPARE = {
     "lt": np.less,
     "eq": np.equal,
@@ -277,84 +312,73 @@ for _kind in ("i32", "u32", "i64", "u64", "i16", "u16", "f32", "f64", "f16"):
 
 def _modified(i: Instruction, function: Callable) -> Callable:
     """`function` with the output modifier and the clamp of the instruction."""
-    if i.get("omod") and SIMPLE[i.name][0][0] == "f":
-        factor = {1: F32(2), 2: F32(4), 3: F32(0.5)}[i.get("omod")]
-        return _clamped(i, lambda *values: function(*values) * factor)
-    return _clamped(i, function)
-
-
-def _clamped(i: Instruction, function: Callable) -> Callable:
-    if not i.get("clmp"):
-        return function
-    if i.name in ("v_add_u32", "v_sub_u32"):  # to the range of uint32
+    omod, clamp = i.get("omod"), i.get("clmp")
+    real = SIMPLE[i.name][0][0] == "f"
+    if clamp and i.name in ("v_add_u32", "v_sub_u32"):  # to the range of uint32
         exact = np.add if i.name == "v_add_u32" else np.subtract
-        return lambda a, b: np.clip(
-            exact(*(np.asarray(x, I64) for x in (a, b))), 0, 2**32 - 1
-        ).astype(U32)
-    if SIMPLE[i.name][0][0] != "f":
-        raise NotImplementedError(f"clamp of {i.name}")
-    return lambda *values: np.fmax(np.fmin(function(*values), F32(1)), F32(0))
+        return lambda a, b: np.clip(exact(_i64(a), _i64(b)), 0, 2**32 - 1).astype(U32)
+    if (omod or clamp) and (not real or i.name.startswith("v_cvt")):
+        raise NotImplementedError(f"output modifiers of {i.name}")
+    factor = (F32(1), F32(2), F32(4), F32(0.5))[omod]
+    scaled = (lambda *values: function(*values) * factor) if omod else function
+    return (lambda *values: np.fmax(np.fmin(scaled(*values), F32(1)), F32(0))) if clamp else scaled
 
 
-def _simple(i: Instruction, types: str, function: Callable) -> Run:
+def _inputs(i: Instruction, types: str) -> list[Read]:
+    """Readers of the operands that a row of SIMPLE or WITH_MASK names."""
     types, _, old = types.partition(":")
-    function = _modified(i, function)
     if i.name in ("v_fmamk_f32", "v_fmaak_f32"):  # a·K + b, a·b + K
-        k = vector(255, i.literal, "f")
         reads = sources(i, "ff")
-        reads.insert(1 if i.name == "v_fmamk_f32" else 2, k)
+        reads.insert(1 if i.name == "v_fmamk_f32" else 2, vector(255, i.literal, "f"))
     else:
-        reads = sources(i, types)
+        reads = sources(i, types.removesuffix("m"))
     if old:
         reads.append(raw_vector(i.get("vdst") - 256, old))
-    if i.name.startswith("v_cmp"):
-        target = (
-            i.get("vdst") if i.form.startswith("VOP3") else i.get("sdst") if i.get("sd") else VCC
-        )
-        return lambda w: w.set_mask(
-            target, np.broadcast_to(function(*[read(w) for read in reads]), w.exec.shape) & w.exec
-        )
-    write = destination(i)
+    if types.endswith("m"):
+        pair = i.get("src2") if i.form.startswith("VOP3") and len(types) == 3 else VCC
+        reads.append(lambda w: w.mask(pair))
+    return reads
+
+
+def _simple(i: Instruction, kernel: Kernel) -> Run:
+    reads, write = _inputs(i, SIMPLE[i.name][0]), destination(i)
+    function = _modified(i, SIMPLE[i.name][1])
     if len(reads) == 2:
         a, b = reads
         return lambda w: write(w, function(a(w), b(w)))
     return lambda w: write(w, function(*[read(w) for read in reads]))
 
 
-def _carry(i: Instruction) -> Run:
-    """Additions and subtractions with a carry, in VCC or a named pair."""
-    kind = re.match(r"v_(addc|add|subb?rev|subb?)_co_u32", i.name)[1]
-    minus, reverse, takes = kind.startswith("sub"), "rev" in kind, kind[:4] in ("addc", "subb")
-    a, b = sources(i, "uu")[:: -1 if reverse else 1]
-    write = destination(i)
-    target, source = (i.get("sdst"), i.get("src2")) if i.form == "VOP3SD" else (VCC, VCC)
+def _compare(i: Instruction, kernel: Kernel) -> Run:
+    types, function = SIMPLE[i.name]
+    a, b = sources(i, types)
+    target = i.get("vdst") if i.form.startswith("VOP3") else i.get("sdst") if i.get("sd") else VCC
+    return lambda w: w.set_mask(
+        target, np.broadcast_to(function(a(w), b(w)), w.exec.shape) & w.exec
+    )
+
+
+def _with_mask(i: Instruction, kernel: Kernel) -> Run:
+    types, function = WITH_MASK[i.name]
+    reads, write = _inputs(i, types), destination(i)
+    target = i.get("sdst") if i.form == "VOP3SD" else VCC
 
     def run(w: Waves) -> None:
-        x, y = _i64(a(w)), _i64(b(w))
-        carry = w.mask(source) if takes else 0
-        total = x - y - carry if minus else x + y + carry
-        out = np.broadcast_to((total < 0) | (total >= 1 << 32), w.exec.shape) & w.exec
-        write(w, total.astype(U32))
-        w.set_mask(target, out)
+        value, mask = function(*[np.asarray(read(w)) for read in reads])
+        write(w, value)
+        w.set_mask(target, np.broadcast_to(mask, w.exec.shape) & w.exec)
 
     return run
 
 
-def _conditional(i: Instruction) -> Run:
-    """v_cndmask_b32."""
-    (a, b), write = sources(i, "uu"), destination(i)
-    source = i.get("src2") if i.form.startswith("VOP3") else VCC
-    return lambda w: write(w, np.where(w.mask(source), b(w), a(w)))
-
-
-def _halves(i: Instruction, kind: str, count: int, wide: bool) -> list[list]:
+def _halves(i: Instruction, types: str, wide: bool) -> list[list[Read]]:
     """Readers of both halves of packed operands, as op_sel and op_sel_hi pick them: registers of a
     pair (`wide`), or halves of one."""
     both = []
     high = i.get("opsel_hi") | i.get("opsel_hi2") << 2
     for picked, negate in ((i.get("opsel"), i.get("neg")), (high, i.get("neg_hi"))):
         reads = []
-        for n in range(count):
+        for n, kind in enumerate(types):
             code, second = i.get(f"src{n}"), picked >> n & 1
             if wide:
                 register = code >= 256 or code < 128
@@ -366,59 +390,29 @@ def _halves(i: Instruction, kind: str, count: int, wide: bool) -> list[list]:
     return both
 
 
-def _packed_f32(i: Instruction) -> Run:
-    """Two float32 in register pairs."""
-    functions = {"v_pk_fma_f32": _fma, "v_pk_mul_f32": np.multiply, "v_pk_add_f32": np.add}
-    function, row = functions[i.name], i.get("vdst") - 256
-    low, high = _halves(i, "f", 3 if function is _fma else 2, wide=True)
+def _packed(i: Instruction, kernel: Kernel) -> Run:
+    types, function = PACKED[i.name]
+    wide, row = types[0] == "f", i.get("vdst") - 256
+    low, high = _halves(i, types, wide)
 
     def run(w: Waves) -> None:
-        first, second = (function(*[read(w) for read in reads]) for reads in (low, high))
-        w.set_vector(row, np.asarray(first))
-        w.set_vector(row + 1, np.asarray(second))
+        halves = [np.asarray(function(*[read(w) for read in reads])) for reads in (low, high)]
+        if wide:
+            w.set_vectors(row, *halves)
+        else:
+            first, second = (half.view(U16).astype(U32) for half in halves)
+            w.set_vector(row, np.asarray(first | second << 16))
 
     return run
 
 
-def _packed_16(i: Instruction) -> Run:
-    """Two 16-bit numbers in a register."""
-    name = i.name.removeprefix("v_pk_")
-    kind, function = {
-        "lshlrev_b16": ("s", _shift(np.left_shift)),
-        "lshrrev_b16": ("s", _shift(np.right_shift)),
-        "ashrrev_i16": ("t", _shift(np.right_shift)),
-        "add_u16": ("s", np.add),
-        "mul_lo_u16": ("s", np.multiply),
-        "max_i16": ("t", np.maximum),
-        "min_i16": ("t", np.minimum),
-        "add_f16": ("h", np.add),
-        "mul_f16": ("h", np.multiply),
-        "max_f16": ("h", np.fmax),
-    }[name]
-    low, high = _halves(i, kind, 2, wide=False)
-    row = i.get("vdst") - 256
-
-    def run(w: Waves) -> None:
-        values = [np.asarray(function(*[read(w) for read in reads])) for reads in (low, high)]
-        first, second = (value.view(U16).astype(U32) for value in values)
-        w.set_vector(row, np.asarray(first | second << 16))
-
-    return run
+def _packed_move(i: Instruction, kernel: Kernel) -> Run:
+    """v_pk_mov_b32: one register of each pair."""
+    row, (a, b) = i.get("vdst") - 256, _halves(i, "uu", wide=True)[0]
+    return lambda w: w.set_vectors(row, np.array(a(w)), np.array(b(w)))
 
 
-def _packed_move(i: Instruction) -> Run:
-    row, low = i.get("vdst") - 256, _halves(i, "u", 2, wide=True)
-    a, b = low[0][0], low[0][1]
-
-    def run(w: Waves) -> None:
-        first, second = np.array(a(w)), np.array(b(w))
-        w.set_vector(row, first)
-        w.set_vector(row + 1, second)
-
-    return run
-
-
-def _bit_operation(i: Instruction) -> Run:
+def _bit_operation(i: Instruction, kernel: Kernel) -> Run:
     """v_bitop3: any function of three bits; its truth table is in the modifier bits."""
     table = i.get("omod") << 6 | i.get("abs") << 3 | i.get("neg")
     a, b, c = (vector(i.get(f"src{n}"), i.literal, "u") for n in range(3))
@@ -435,54 +429,11 @@ def _bit_operation(i: Instruction) -> Run:
     return run
 
 
-def _multiply_add_64(i: Instruction) -> Run:
-    narrow, wide, sum_ = ("i", I64, "I") if "i64" in i.name else ("u", U64, "U")
-    a, b = (vector(i.get(f"src{n}"), i.literal, narrow) for n in range(2))
-    c, row = vector(i.get("src2"), i.literal, sum_), i.get("vdst") - 256
-
-    def run(w: Waves) -> None:
-        product = np.asarray(a(w)).astype(wide) * np.asarray(b(w)).astype(wide)
-        w.set_vector(row, np.broadcast_to(product + c(w), w.exec.shape))
-
-    return run
-
-
-def _scaled_division(i: Instruction) -> Run:
-    reads, row, target = sources(i, "fff"), i.get("vdst") - 256, i.get("sdst")
-
-    def run(w: Waves) -> None:
-        value, flag = _div_scale(*[np.asarray(read(w)) for read in reads])
-        w.set_vector(row, np.broadcast_to(value, w.exec.shape))
-        w.set_mask(target, np.broadcast_to(flag, w.exec.shape) & w.exec)
-
-    return run
-
-
-def _division_end(i: Instruction) -> Run:
-    reads, row = sources(i, "fff"), i.get("vdst") - 256
-    return lambda w: w.set_vector(row, _div_fmas(*[read(w) for read in reads], w.mask(VCC)))
-
-
-_SPECIAL: list[tuple[str, Callable[[Instruction], Run]]] = [
-    (r"v_(addc?|subb?|subb?rev)_co_u32", _carry),
-    (r"v_cndmask_b32", _conditional),
-    (r"v_pk_(fma|mul|add)_f32", _packed_f32),
+VECTOR: Kinds = [
     (r"v_pk_mov_b32", _packed_move),
-    (r"v_pk_\w+16", _packed_16),
     (r"v_bitop3_b(16|32)", _bit_operation),
-    (r"v_mad_(u64_u32|i64_i32)", _multiply_add_64),
-    (r"v_div_scale_f32", _scaled_division),
-    (r"v_div_fmas_f32", _division_end),
-    *LANE_INSTRUCTIONS,
+    (r"v_cmp_\w+", _compare),
+    ("|".join(WITH_MASK), _with_mask),
+    ("|".join(PACKED), _packed),
+    ("|".join(SIMPLE), _simple),
 ]
-
-
-def compile_vector(i: Instruction, arch: str) -> Run | None:
-    """The instruction as a function of the waves, None when it is not known here."""
-    for pattern, make in CONVERSIONS:
-        if re.fullmatch(pattern, i.name):
-            return make(i, floats.formats(arch))
-    for pattern, make in _SPECIAL:
-        if re.fullmatch(pattern, i.name):
-            return make(i)
-    return _simple(i, *SIMPLE[i.name]) if i.name in SIMPLE else None

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 
 from . import registers
-from .hazards import Finding, counter, walk
+from .hazards import Finding, walk
 from .machine import Program
 from .program import EXEC, M0, VCC, Instruction
 from .registers import SCALAR
@@ -96,7 +96,7 @@ class _Use:
 
     @property
     def memory(self) -> bool:
-        return counter(self.i) in ("vector", "local")
+        return self.i.counter in ("vector", "local")
 
 
 def _use(i: Instruction, accumulators_at: int) -> _Use:
@@ -172,7 +172,7 @@ def _remember(state: _Recent, use: _Use) -> None:
         if how:
             state.writes[register] = (how, 0)
     data = "vdata" if i.has("vdata") else "data"
-    if counter(i) == "vector" and "store" in i.name and i.operands[data] > 2:
+    if i.counter == "vector" and "store" in i.name and i.operands[data] > 2:
         stored = registers.operand(i, data, use.accumulators_at)
         state.writes |= {register + _TAKEN: (_Write("store", 2), 0) for register in stored}
     if use.matrix:

@@ -92,8 +92,8 @@ class Watch:
     def local(self, w, i: Instruction, how: str, at, size: int, active, values=()) -> None:
         """An LDS access: `how` may also be "direct", a load whose data go there."""
 
-    def issue(self, w: Waves, i: Instruction, counter: str) -> None:
-        """An access that raises `counter`: "vector", "local" or "scalar"."""
+    def issue(self, w: Waves, i: Instruction) -> None:
+        """An access that raises `i.counter`."""
 
     def wait(self, w: Waves, vector: int, local: int) -> None:
         """s_waitcnt: at most so many accesses are outstanding."""
@@ -124,16 +124,8 @@ class Shared:
     """Given: loads arrive when they are waited for, until then their registers hold noise."""
 
 
-_BY_WAVE = {
-    "vector": 1,
-    "scalar": 1,
-    "scc": 0,
-    "mode": 0,
-    "ids": 0,
-    "slot": 0,
-    "group": 0,
-    "lds_at": 0,
-}
+_BY_WAVE = dict.fromkeys(("scc", "mode", "ids", "slot", "group", "lds_at"), 0)
+_BY_WAVE |= {"vector": 1, "scalar": 1}
 """Axis of the waves in each array of Waves."""
 
 
@@ -242,22 +234,26 @@ class Waves:
         else:
             np.copyto(self.vector[row], value, where=self.exec)
 
+    def set_vectors(self, row: int, *values: np.ndarray) -> None:
+        """Writes registers from `row` on; all values are there before the first is written."""
+        for n, value in enumerate(values):
+            self.set_vector(row + n, value)
+
     def issue(
         self,
         i: Instruction,
-        counter: str,
         deliver: Callable[[], None] | None = None,
         registers: np.ndarray | None = None,
     ) -> None:
-        """An access that raises `counter`. A load's data are delivered now, or, where loads are
+        """An access that raises `i.counter`. A load's data are delivered now, or, where loads are
         late, at the wait for them, with noise in `registers` until then."""
         for each in self.shared.watches:
-            each.issue(self, i, counter)
+            each.issue(self, i)
         if self.shared.noise is not None:
             if registers is not None:
                 noise = self.shared.noise.integers(0, 2**32, registers.shape, U32)
                 np.copyto(registers, noise, where=self.exec if registers.ndim == 3 else True)
-            self.queue.append((counter, deliver))
+            self.queue.append((i.counter, deliver))
         elif deliver:
             deliver()
 

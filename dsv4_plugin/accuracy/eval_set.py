@@ -33,7 +33,7 @@ NORMAL = statistics.NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
-class Amount:
+class EvalSize:
     """How much is asked."""
 
     recall: tuple[tuple[int, int, int], ...]
@@ -44,13 +44,13 @@ class Amount:
     """Tokens of each, a multiple of BLOCK."""
 
 
-FULL = Amount(((64, 4, 24), (1024, 4, 24), (4096, 1, 40), (8192, 1, 40)), windows=6, window=1024)
-SHORT = Amount(((64, 1, 24), (1024, 1, 24)), windows=2, window=512)
-QUICK = Amount(((64, 1, 8), (300, 1, 8)), windows=1, window=256)
+FULL = EvalSize(((64, 4, 24), (1024, 4, 24), (4096, 1, 40), (8192, 1, 40)), windows=6, window=1024)
+SHORT = EvalSize(((64, 1, 24), (1024, 1, 24)), windows=2, window=512)
+QUICK = EvalSize(((64, 1, 8), (300, 1, 8)), windows=1, window=256)
 
 
 @dataclass(frozen=True)
-class Share:
+class Proportion:
     """`hits` of `count` trials."""
 
     hits: int
@@ -69,7 +69,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Document:
     """Token ids of a document, and (position, ids) of each thing asked for in it."""
 
     ids: list[int]
@@ -80,7 +80,7 @@ class Asked:
 class EvalSet:
     """All questions of one tokenizer, ready to be put to engines of any setting."""
 
-    documents: Mapping[int, tuple[Asked, ...]]
+    documents: Mapping[int, tuple[Document, ...]]
     """By distance."""
     windows: tuple[tuple[int, ...], ...]
     """Unseen text, with the token that begins a sequence before each."""
@@ -91,7 +91,7 @@ class EvalSet:
     def longest(self) -> int:
         """Tokens of the longest sequence."""
         return max(
-            *(len(asked.ids) for each in self.documents.values() for asked in each),
+            *(len(document.ids) for each in self.documents.values() for document in each),
             *map(len, self.windows),
         )
 
@@ -100,11 +100,11 @@ class EvalSet:
 class Measured:
     """What one setting answered."""
 
-    recall: Mapping[int, Share]
+    recall: Mapping[int, Proportion]
     """By distance: things of which every token was the most likely one."""
     loss: Score
     """Nats per token of unseen text, by blocks of BLOCK tokens."""
-    acceptance: Share | None
+    acceptance: Proportion | None
     """Tokens that the MTP block predicted as the backbone then did; None without an MTP block."""
     predictions: tuple[Tensor, ...]
     """Log-probabilities fp32 [T, vocab] of every token of each window of unseen text."""
@@ -120,8 +120,8 @@ class Measured:
         return BLOCK * len(self.loss.items)
 
 
-def build_eval_set(directory: Path, bos: int, amount: Amount, seed: int = 0) -> EvalSet:
-    """The questions of `amount` from `directory`'s tokenizer.json and held_out.txt.
+def build_eval_set(directory: Path, bos: int, size: EvalSize, seed: int = 0) -> EvalSet:
+    """The questions of `size` from `directory`'s tokenizer.json and held_out.txt.
 
     Raises EvalError for a file that is missing and for a text that is too short.
     """
@@ -139,7 +139,7 @@ def build_eval_set(directory: Path, bos: int, amount: Amount, seed: int = 0) -> 
 
     documents = {
         distance: tuple(
-            _asked(
+            _document(
                 document(
                     text, lambda part: len(encode(part)), distance, facts, seed=f"{seed} {number}"
                 ),
@@ -148,27 +148,25 @@ def build_eval_set(directory: Path, bos: int, amount: Amount, seed: int = 0) -> 
             )
             for number in range(count)
         )
-        for distance, count, facts in amount.recall
+        for distance, count, facts in size.recall
     }
     encoding = tokenizer.encode(text, add_special_tokens=False)
-    stride = len(encoding.ids) // amount.windows
-    if stride < amount.window:
+    stride = len(encoding.ids) // size.windows
+    if stride < size.window:
         raise EvalError(
-            f"{directory / 'held_out.txt'} has {len(encoding.ids)} tokens; {amount.windows} windows"
-            f" of {amount.window} need more"
+            f"{directory / 'held_out.txt'} has {len(encoding.ids)} tokens; {size.windows} windows"
+            f" of {size.window} need more"
         )
-    spans = [
-        slice(index * stride, index * stride + amount.window) for index in range(amount.windows)
-    ]
+    spans = [slice(index * stride, index * stride + size.window) for index in range(size.windows)]
     letters = [text[encoding.offsets[span][0][0] : encoding.offsets[span][-1][1]] for span in spans]
     return EvalSet(
         documents,
         tuple((bos, *encoding.ids[span]) for span in spans),
-        sum(len(each.encode()) for each in letters) / (amount.windows * amount.window),
+        sum(len(each.encode()) for each in letters) / (size.windows * size.window),
     )
 
 
-def _asked(made, encode: Callable[[str], list[int]], bos: int) -> Asked:
+def _document(made, encode: Callable[[str], list[int]], bos: int) -> Document:
     """Cut before and after each thing, as a server cuts a prompt; no tokenizer of words joins
     across."""
     ids, things, end = [bos], [], 0
@@ -178,7 +176,7 @@ def _asked(made, encode: Callable[[str], list[int]], bos: int) -> Asked:
         thing = encode(made.text[trial.start : end])
         things.append((len(ids), tuple(thing)))
         ids += thing
-    return Asked(ids, tuple(things))
+    return Document(ids, tuple(things))
 
 
 def measure(engine: Engine, eval_set: EvalSet) -> Measured:
@@ -189,9 +187,9 @@ def measure(engine: Engine, eval_set: EvalSet) -> Measured:
 
     recall, things = {}, {}
     for distance, documents in eval_set.documents.items():
-        answers = [_recalled(engine, asked) for asked in documents]
-        recall[distance] = Share(
-            sum(hits for hits, _ in answers), sum(len(asked.things) for asked in documents)
+        answers = [_recalled(engine, document) for document in documents]
+        recall[distance] = Proportion(
+            sum(hits for hits, _ in answers), sum(len(document.things) for document in documents)
         )
         things[distance] = torch.cat([predictions for _, predictions in answers])
     blocks, predictions, accepted, drafted = {}, [], 0, 0
@@ -209,7 +207,7 @@ def measure(engine: Engine, eval_set: EvalSet) -> Measured:
     return Measured(
         recall,
         Score("unseen text", "nats per token", blocks),
-        Share(accepted, drafted) if drafted else None,
+        Proportion(accepted, drafted) if drafted else None,
         tuple(predictions),
         things,
         accepted_length(engine, eval_set) if engine.model.geometry.dspark else None,
@@ -277,13 +275,13 @@ def _blocks(window: int, nats: Tensor) -> dict[str, float]:
     return {f"window {window}, block {block}": mean for block, mean in enumerate(means.tolist())}
 
 
-def _recalled(engine: Engine, asked: Asked) -> tuple[int, Tensor]:
+def _recalled(engine: Engine, document: Document) -> tuple[int, Tensor]:
     """(things of a document of which every token was the most likely one, log-probabilities of
     their first tokens)."""
-    logits = engine.score(asked.ids, _chunks(asked.ids))
+    logits = engine.score(document.ids, _chunks(document.ids))
     best = logits.argmax(-1).tolist()
-    hits = sum(best[at - 1 : at - 1 + len(thing)] == list(thing) for at, thing in asked.things)
-    return hits, logits[[at - 1 for at, _ in asked.things]].log_softmax(-1).cpu()
+    hits = sum(best[at - 1 : at - 1 + len(thing)] == list(thing) for at, thing in document.things)
+    return hits, logits[[at - 1 for at, _ in document.things]].log_softmax(-1).cpu()
 
 
 def _chunks(ids: list[int]) -> list[int]:

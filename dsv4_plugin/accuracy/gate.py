@@ -15,10 +15,11 @@ from ..config import Geometry, Precision
 from ..spelling import suggestion
 from .eval_set import (
     NORMAL,
-    Amount,
     EvalSet,
+    EvalSize,
     Measured,
-    Share,
+    Proportion,
+    accepted_length,
     build_eval_set,
     divergence,
     divergence_of_things,
@@ -160,6 +161,13 @@ def checkpoint_directory() -> Path:
     return installation.directory("checkpoints/tiny")
 
 
+def draft_directory(directory: Path) -> Path | None:
+    """Where the checkpoint in `directory` lies with a DSpark draft in the place of its MTP block;
+    None where it does not."""
+    beside = directory.with_name(directory.name + "-dspark")
+    return beside if (beside / "config.json").is_file() else None
+
+
 def _chooses(name: str) -> bool:
     """Whether a variable takes part in the choice of implementations."""
     operators = {
@@ -263,7 +271,7 @@ def load_engine(
 def run_gate(
     directory: Path,
     wanted: Sequence[Setting],
-    amount: Amount,
+    size: EvalSize,
     device: torch.device,
     progress: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
@@ -276,7 +284,7 @@ def run_gate(
     for setting in wanted:
         with selected(setting.environment):
             pass
-    eval_set = build_eval_set(directory, Geometry.from_dir(directory).bos_token_id, amount)
+    eval_set = build_eval_set(directory, Geometry.from_dir(directory).bos_token_id, size)
     reference, outcomes = None, []
     for setting in (Setting("exact, references", Precision.EXACT, REFERENCES), *wanted):
         measured, ran = _measured(directory, setting, eval_set, device)
@@ -301,6 +309,10 @@ def _measured(
         measured = measure(
             load_engine(directory, setting.precision, device, eval_set.longest), eval_set
         )
+        draft = draft_directory(directory)
+        if draft is not None and measured.accepted_length is None:
+            engine = load_engine(draft, setting.precision, device, eval_set.longest)
+            measured = replace(measured, accepted_length=accepted_length(engine, eval_set))
         ran: dict[str, list[str]] = {}
         for row in selection.report_rows():
             if row.implementation not in ran.setdefault(row.operator, []):
@@ -386,7 +398,7 @@ def _nats(
     )
 
 
-def _share(setting: str, measure: str, share: Share, least: float | None, why: str) -> Row:
+def _share(setting: str, measure: str, share: Proportion, least: float | None, why: str) -> Row:
     return Row(setting, measure, share.value, *share.interval, share.count, least=least, why=why)
 
 

@@ -153,8 +153,8 @@ def of_recipe(setup: Setup, recipe: Recipe, arm: Arm, model: str | None, directo
     if arm.role != "server":
         raise BenchError(
             f"arm {arm.name} of recipe {recipe.name} is one of several servers that run together;"
-            f" start them by hand and measure the router: dsv4 bench URL --recipe {recipe.name}"
-            f" --arm {arm.name}"
+            f" start them with dsv4 recipe run {recipe.name} and measure the router: dsv4 bench URL"
+            f" --recipe {recipe.name} --arm {arm.name}"
         )
     where = (
         str(Path(model or recipe.model).resolve())

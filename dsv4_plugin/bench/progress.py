@@ -73,6 +73,8 @@ def line(name: str, result: Mapping[str, Any], before: bool) -> str:
         f" tokens/s/user, TTFT {1000 * result['median_ttft']:.0f} ms, TPOT"
         f" {1000 * result['median_tpot']:.2f} ms"
     )
+    if result.get("accept_length"):
+        text += f", {result['accept_length']:.2f} tokens a verification"
     if result.get("goodput"):
         text += f", {spelled(result['goodput'])}"
     if "request_rate" in result:

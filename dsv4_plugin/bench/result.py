@@ -45,6 +45,20 @@ def spread(runs: Sequence[Mapping[str, Any]]) -> float | None:
     return max(shares)
 
 
+def accept_length(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Tokens that a verification of drafts gives, the one after them included: the median of the
+    runs and (largest - smallest) / median. None without a draft, and the latter for one run.
+
+    Each run's figure is the server's own at its end, over all requests since the server started.
+    """
+    lengths = [run["accept_length"] for run in runs if run.get("accept_length")]
+    if not lengths:
+        return {"accept_length": None, "accept_length_spread": None}
+    median = statistics.median(lengths)
+    apart = (max(lengths) - min(lengths)) / median if len(lengths) > 1 else None
+    return {"accept_length": median, "accept_length_spread": apart}
+
+
 def middle(runs: Sequence[Mapping[str, Any]]) -> int:
     """Index of the run of median throughput; of two in the middle, the slower."""
     order = sorted(range(len(runs)), key=lambda index: runs[index]["total_throughput"])

@@ -12,7 +12,7 @@ from typing import Any
 from ..active import ActiveReport
 from . import client, environment
 from .client import Load, Workload
-from .result import STABLE, inferencex, middle, spread
+from .result import STABLE, accept_length, inferencex, middle, spread
 from .server import Server
 from .store import Store
 from .validity import ActiveReportReader, compiled, warnings
@@ -90,6 +90,7 @@ class Bench:
             "osl": self.workload.osl,
             **self.server.layout(),
             **inferencex(chosen["figures"], self.server.gpus),
+            **accept_length(figures),
             "goodput": chosen["figures"].get("goodput"),
             "scenario": load.scenario,
             "repeat": len(runs),

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 PAGE_TOKENS = 256
+WINDOW_SHARE = 0.1
+"""Window slots for each token slot of the pool: SGLang's swa_full_tokens_ratio for this model."""
 NOPE_DIM = 448
 ROPE_DIM = 64
 LATENT_DIM = NOPE_DIM + ROPE_DIM

@@ -124,9 +124,14 @@ class StepPlan:
             yield self.dense_slots
 
 
+DECODE_ROWS = 8
+"""The most rows of a request in a step that is served as decode: a token and the drafts that are
+verified with it read the same cache as the token alone, and weights are read for few rows."""
+
+
 def phase(max_queries: int) -> str:
-    """ "decode" for a step in which no request has more than one row, else "prefill"."""
-    return "decode" if max_queries <= 1 else "prefill"
+    """ "decode" for a step in which no request has more than DECODE_ROWS rows, else "prefill"."""
+    return "decode" if max_queries <= DECODE_ROWS else "prefill"
 
 
 def context_bucket(seq_len: int, context_len: int) -> int:

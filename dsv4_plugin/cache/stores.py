@@ -7,6 +7,7 @@ shapes stay static and the caller masks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -123,6 +124,10 @@ class DenseIndexCache:
         return self.values.index_select(0, slots.clamp_min(0))
 
 
+def _at_once(layer: int) -> None:
+    """Nothing is on its way."""
+
+
 @dataclass
 class Caches:
     """Stores of a model by layer number; layers without a part have no key. Rings hold fp32 rows [k
@@ -133,3 +138,6 @@ class Caches:
     index: dict[int, SlotStore] = field(default_factory=dict)
     ring: dict[int, Tensor] = field(default_factory=dict)
     index_ring: dict[int, Tensor] = field(default_factory=dict)
+    wait: Callable[[int], None] = _at_once
+    """Called with a layer's number before a step first touches its stores. Pages that come from
+    another memory may still be on their way, a layer at a time."""

@@ -29,8 +29,8 @@ class Loader:
     `model` is a tree whose paths are the released names (`model.DeepseekV4`): matrices are modules
     with `load(weight, scale, expert)`, all others parameters. It may hold some parts of the model
     only, a part being the first component of a name (`layers`, `mtp`, `embed`, `norm`, ...);
-    tensors of the other parts, and routed experts of other processes, are skipped. Raises
-    ParallelError when a share of `parallel` would cut a block of scales.
+    tensors of the other parts, and layers and routed experts of other processes, are skipped.
+    Raises ParallelError when a share of `parallel` would cut a block of scales.
     """
 
     def __init__(self, model: nn.Module, geometry: Geometry, parallel: Parallel):
@@ -39,19 +39,24 @@ class Loader:
         self._parallel = parallel
         self._expected = expected_tensors(geometry)
         self._experts = parallel.expert.slice(geometry.n_routed_experts)
+        self._layers = parallel.stage(geometry)
         parts = {
             part for part in {name.split(".")[0] for name in self._expected} if _holds(model, part)
         }
         self._wanted = {
             name
             for name, spec in self._expected.items()
-            if name.split(".")[0] in parts and self._holds_expert(spec)
+            if name.split(".")[0] in parts and self._holds_layer(name) and self._holds_expert(spec)
         }
         self._outstanding = set(self._wanted)
         self._halves: dict[str, Tensor] = {}
         for name, spec in self._expected.items():
             if name in self._wanted:
                 self._check_share(spec)
+
+    def _holds_layer(self, name: str) -> bool:
+        part, _, rest = name.partition(".")
+        return part != "layers" or int(rest.partition(".")[0]) in self._layers
 
     def _holds_expert(self, spec: TensorSpec) -> bool:
         return spec.expert is None or self._experts.start <= spec.expert < self._experts.stop
@@ -92,11 +97,14 @@ class Loader:
         self._store(spec, self._share(spec, tensor))
 
     def finish(self) -> None:
-        """Raises CheckpointError that counts the tensors that never came and names the first
-        few."""
+        """Ends the loading: modules that read their weights in another order prepare them. Raises
+        CheckpointError that counts the tensors that never came and names the first few."""
         if self._outstanding:
             absent = [name for name in self._expected if name in self._outstanding]
             raise CheckpointError(f"{len(absent)} tensors never came: {few(absent)}")
+        for module in self._model.modules():
+            if prepare := getattr(module, "prepare", None):
+                prepare()
 
     def _share(self, spec: TensorSpec, tensor: Tensor) -> Tensor:
         if spec.shard is None:

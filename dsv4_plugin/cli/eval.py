@@ -427,19 +427,21 @@ def _run_gate(arguments: argparse.Namespace) -> int:
     from .. import flags
     from ..accuracy.eval_set import FULL, QUICK
     from ..accuracy.gate import checkpoint_directory, chosen, run_gate, settings
-    from ..runtime.verify import machine  # and with it the operators, whose names flags take
+    from ..host import kernels  # noqa: F401  all operators' implementations, the values of flags
+    from ..runtime.verify import machine
 
     flags.check()
     directory = checkpoint_directory() if arguments.tiny == HERE else Path(arguments.tiny)
     environment, where = chosen(os.environ, arguments.profile, arguments.operators), machine()
     # Kernels read the packed caches of serving; what they are is not asked of the other precisions
     # unless the user says so.
-    kernels = {
-        flags.implementation(operator, environment).value for operator in flags.OPERATORS
-    } - {flags.AUTO, flags.REFERENCE}
+    forced = {flags.implementation(operator, environment).value for operator in flags.OPERATORS} - {
+        flags.AUTO,
+        flags.REFERENCE,
+    }
     default = (
         [flags.read("DSV4_PRECISION")]
-        if "DSV4_PRECISION" in os.environ or kernels
+        if "DSV4_PRECISION" in os.environ or forced
         else ["exact", "official", "serving"]
     )
     wanted = settings(arguments.precision or default, environment, where.type != "cpu")

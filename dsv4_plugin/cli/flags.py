@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     # Without torch there are no operators; the flags then take any name of an implementation.
     if device.package_version("torch") is not None:
-        from .. import ops  # noqa: F401
+        from ..host import kernels  # noqa: F401
 
     if arguments.markdown:
         print(markdown(), end="")

@@ -33,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="share of the memory for weights and caches (default: 0.9)",
     )
-    parser.add_argument("--draft", action="store_true", help="count the draft's weights too")
+    parser.add_argument(
+        "--draft",
+        action="store_true",
+        help="count a draft: its weights and windows, doubled rings, the rows it has verified",
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 

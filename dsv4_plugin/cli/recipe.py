@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the command that produced the published figure then, on the host of that day",
     )
-    run = verbs.add_parser("run", help="start the server of one arm")
+    run = verbs.add_parser("run", help="start the server of one arm, or all arms that run together")
     check = verbs.add_parser(
         "check", help="ask the installed SGLang whether it would act on every option and variable"
     )
@@ -135,22 +135,34 @@ def _facts(recipe: Recipe, original: bool) -> list[str]:
 
 def _run(arguments: argparse.Namespace) -> int:
     from ..recipe.command import command, of_this_python, shell
+    from ..recipe.group import Member, run_together
     from ..recipe.reader import find_recipe
     from ..recipe.recipe import RecipeError
 
     recipe = find_recipe(arguments.name, arguments.dir)
-    arm = recipe.arm(arguments.arm)
-    if arm.not_served:
-        raise RecipeError(
-            f"recipe {recipe.name}, arm {arm.name}: not served by this version: {arm.not_served}"
-        )
-    problems = [problem for _, problem in _problems([(recipe, arm)])]
+    group = recipe.group if arguments.arm is None else ()
+    arms = group or (recipe.arm(arguments.arm),)
+    for arm in arms:
+        if arm.not_served:
+            raise RecipeError(
+                f"recipe {recipe.name}, arm {arm.name}: not served by this version:"
+                f" {arm.not_served}"
+            )
+    problems = [problem for _, problem in _problems([(recipe, arm) for arm in arms])]
     if problems:
         raise RecipeError(f"recipe {recipe.name}: " + "; ".join(problems))
-    words = command(recipe, arm, arguments.model_path, arguments.concurrency)
-    print(shell(words, arm.environment), flush=True)
-    words = of_this_python(words)
-    os.execve(words[0], words, {**os.environ, **arm.environment})
+    commands = [command(recipe, arm, arguments.model_path, arguments.concurrency) for arm in arms]
+    for arm, words in zip(arms, commands):
+        print(shell(words, arm.environment), flush=True)
+    if group:
+        return run_together(
+            [
+                Member(arm.name, words, arm.environment, leads=arm.role == "router")
+                for arm, words in zip(arms, commands)
+            ]
+        )
+    words = of_this_python(commands[0])
+    os.execve(words[0], words, {**os.environ, **arms[0].environment})
 
 
 def _check(arguments: argparse.Namespace) -> int:

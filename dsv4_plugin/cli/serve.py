@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
+from pathlib import Path
 
 TAKES_OTHER_ARGUMENTS = True
 CPU_POOL_TOKENS = 16384
@@ -62,11 +64,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="of these, groups that hold different experts (default: %(default)s)",
     )
+    parser.add_argument(
+        "--dp",
+        type=int,
+        help="with --enable-dp-attention: replicas of the attention among these processes, each"
+        " with requests of its own (--attn-dp-size is the same; default: 1)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     from .. import flags
-    from ..host import launch, version
+    from ..host import kernels, launch, version  # noqa: F401  all operators' implementations
     from ..ops import operator
 
     flags.check()
@@ -76,6 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
             "or start the stock server with python -m sglang.launch_server"
         )
     version.check()
+    if arguments.dp is not None:
+        arguments.other = ["--dp-size", str(arguments.dp), *arguments.other]
     launch.check_port(arguments.host, arguments.port)
     launch.check_words(arguments.model, arguments.other)
     if not arguments.cpu:
@@ -84,9 +94,14 @@ def run(arguments: argparse.Namespace) -> int:
         launch.check_hub_name(arguments.model)
         print(f"dsv4 serve: {arguments.model} is a name on the Hugging Face hub")
     else:
-        launch.check_checkpoint(arguments.model, arguments.tp, arguments.ep)
+        launch.check_checkpoint(
+            arguments.model, arguments.tp, arguments.ep, replicas(arguments), stages(arguments)
+        )
         for line in memory_lines(arguments):
             print(f"dsv4 serve: {line}")
+        line = kernel_line(arguments)
+        if line:
+            print(f"dsv4 serve: {line}", flush=True)
     environment, added = choices(arguments)
     for name, value in environment.items():
         print(f"dsv4 serve: {name}={value}")
@@ -116,20 +131,48 @@ def run(arguments: argparse.Namespace) -> int:
 def choices(arguments: argparse.Namespace) -> tuple[dict[str, str], list[str]]:
     """What this command sets where the user did not: environment variables, and arguments of the
     host."""
+    from ..host.options import CPU_HOST_MEMORY
+
     environment = {} if "DSV4_STRICT" in os.environ else {"DSV4_STRICT": "1"}
     given = {word.split("=")[0] for word in arguments.other}
-    added = [word for name, value in PARSERS.items() if name not in given for word in (name, value)]
+    added = _parsers(arguments.other)
     if not arguments.cpu:
         return environment, added
     environment["DSV4_DEVICE"] = "cpu"
     if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
         environment["GOMP_SPINCOUNT"] = str(CPU_SPIN_COUNT)
-    if arguments.tp > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
-        environment["SGLANG_CPU_OMP_THREADS_BIND"] = _cores_by_rank(arguments.tp)
-    added += ["--device", "cpu", "--sleep-on-idle"]
+    processes = arguments.tp * stages(arguments)
+    if processes > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = _cores_by_rank(processes)
+    added += ["--device", "cpu"]
+    if "--enable-prefill-delayer" not in given:  # it counts passes, which take a second asleep
+        added += ["--sleep-on-idle"]
     if "--max-total-tokens" not in given:
         added += ["--max-total-tokens", str(CPU_POOL_TOKENS)]
+    if "--enable-hierarchical-cache" in given:
+        added += [word for pair in CPU_HOST_MEMORY.items() if pair[0] not in given for word in pair]
     return environment, added
+
+
+def replicas(arguments: argparse.Namespace) -> int:
+    """Of the attention, as the words of the command line say."""
+    from ..host import options
+
+    return options.given(arguments.other).attn_dp_size or 1
+
+
+def stages(arguments: argparse.Namespace) -> int:
+    """Of the pipeline, as the words of the command line say."""
+    from ..host import options
+
+    return options.given(arguments.other).pp_size or 1
+
+
+def drafts(arguments: argparse.Namespace) -> bool:
+    """Whether the words of the command line ask for a draft."""
+    from ..host import options
+
+    return options.given(arguments.other).speculative_algorithm is not None
 
 
 def memory_lines(arguments: argparse.Namespace) -> tuple[str, ...]:
@@ -143,10 +186,12 @@ def memory_lines(arguments: argparse.Namespace) -> tuple[str, ...]:
     from ..roofline import memory_plan as plans
     from ..roofline.layout import Layout
 
+    if stages(arguments) > 1:
+        return ("the memory of a pipeline's stages is not planned",)
     geometry, host = Geometry.from_dir(arguments.model), _host_options(arguments.other)
     on_cpu = arguments.cpu or device.arch() == device.CPU
     decoded = on_cpu or flags.precision() is not Precision.SERVING
-    layout = Layout(arguments.tp, 1, arguments.ep)
+    layout = Layout(arguments.tp, replicas(arguments), arguments.ep)
     context = min(
         host.context_length or geometry.max_position_embeddings, geometry.max_position_embeddings
     )
@@ -156,9 +201,10 @@ def memory_lines(arguments: argparse.Namespace) -> tuple[str, ...]:
         # The processes of a CPU server share the machine's memory.
         device.memory() / (arguments.tp if on_cpu else 1),
         context=context,
-        requests=host.max_running_requests or plans.RUNNING_REQUESTS,
-        chunk=host.chunked_prefill_size or plans.CHUNK,
+        requests=-(-(host.max_running_requests or plans.RUNNING_REQUESTS) // layout.dp),
+        chunk=(host.chunked_prefill_size or plans.CHUNK) // layout.dp,
         fraction=host.mem_fraction_static or plans.MEMORY_FRACTION,
+        draft=drafts(arguments),
         dense=4 if decoded else None,
         most_tokens=host.max_total_tokens or (CPU_POOL_TOKENS if arguments.cpu else None),
     )
@@ -172,6 +218,52 @@ def memory_lines(arguments: argparse.Namespace) -> tuple[str, ...]:
     return plans.main_lines(plan, context, "this machine" if on_cpu else "this GPU")
 
 
+def kernel_line(arguments: argparse.Namespace) -> str | None:
+    """Compiles what Triton's cache lacks of this server's kernels, and says so; None where there is
+    nothing to compile. A kernel that does not compile is no reason not to start: `auto` takes
+    another implementation then."""
+    from .. import device, flags
+    from ..config import Geometry, Precision
+    from ..roofline import memory_plan as plans
+    from ..runtime import kernel_cache, languages, precompile
+
+    arch = device.arch()
+    if (
+        arguments.cpu
+        or arch not in precompile.TARGETS
+        or device.package_version("triton") is None
+        or not flags.enabled("DSV4_BUILD")
+        or flags.precision() is not Precision.SERVING
+    ):
+        return None
+    if replicas(arguments) > 1:
+        return "kernels of data-parallel attention are not built ahead; they compile when needed"
+    geometry, host = Geometry.from_dir(arguments.model), _host_options(arguments.other)
+    load = precompile.Load(
+        host.chunked_prefill_size or plans.CHUNK,
+        host.max_running_requests or plans.RUNNING_REQUESTS,
+        host.context_length or geometry.max_position_embeddings,
+        drafts(arguments) and geometry.dspark is not None,
+    )
+    manifest = kernel_cache.Manifest(
+        Path(arguments.model).resolve().name, arch, arguments.tp, arguments.ep, vars(load)
+    )
+    jobs = len(os.sched_getaffinity(0))
+    begin = partial(
+        print, "dsv4 serve: kernels: building those that the cache lacks of", flush=True
+    )
+    try:
+        built = kernel_cache.build(manifest, geometry, load, kernel_cache.root(), jobs, begin)
+    except (kernel_cache.BuildError, OSError) as error:
+        return f"kernels are not built ahead, and compile when they are first needed: {error}"
+    places = languages.places(kernel_cache.root())
+    os.environ.update(places)
+    return (
+        f"kernels: {len(built.manifest.kernels)} in the cache, {built.compiled} of them compiled"
+        f" now, in {built.seconds:.1f} s" + "".join(f"; {name}={at}" for name, at in places.items())
+    )
+
+
 def _host_options(words: list[str]) -> argparse.Namespace:
     """Those of the host's arguments that decide how memory is used; None where not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -183,6 +275,25 @@ def _host_options(words: list[str]) -> argparse.Namespace:
         return parser.parse_known_args(words)[0]
     except argparse.ArgumentError:  # the host says what is wrong with it
         return parser.parse_known_args([])[0]
+
+
+def _parsers(words: list[str]) -> list[str]:
+    """The parsers that `words` do not choose. SGLang reads both from one native parser, so that
+    beside another of either kind there is none."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in PARSERS:
+        parser.add_argument(name, dest=name)
+    try:
+        given = vars(parser.parse_known_args(words)[0])
+    except argparse.ArgumentError:  # the host says what is wrong with it
+        return []
+    foreign = any(value not in (None, NO_PARSER, PARSERS[name]) for name, value in given.items())
+    return [
+        word
+        for name, value in PARSERS.items()
+        if given[name] is None and not foreign
+        for word in (name, value)
+    ]
 
 
 def _without_parsers(words: list[str]) -> list[str]:

@@ -39,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--experts-per-token", type=int, default=3, help="of them per token (default: %(default)s)"
     )
     parser.add_argument(
+        "--intermediate",
+        type=int,
+        default=256,
+        help="width of an expert, a multiple of 128, shared among processes in whole blocks of 128"
+        " (default: %(default)s)",
+    )
+    parser.add_argument(
         "--index-topk",
         type=int,
         default=64,
@@ -90,6 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         heads=arguments.heads,
         experts=arguments.experts,
         experts_per_token=arguments.experts_per_token,
+        intermediate=arguments.intermediate,
         index_topk=arguments.index_topk,
         expert_dtype="fp8" if arguments.base else "fp4",
         compress_ratios=ratios,

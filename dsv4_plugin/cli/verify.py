@@ -39,6 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="also split a tiny model over N processes, and check that they choose alike",
     )
+    parser.add_argument(
+        "--time",
+        action="store_true",
+        help=(
+            "remember which implementations are faster on this GPU: `auto` prefers those from the"
+            " next start on"
+        ),
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -47,7 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first kernel is imported
-    from .. import device, flags, ops  # noqa: F401  ops registers the operators
+    from .. import device, flags
+    from ..host import kernels  # noqa: F401  all operators' implementations
     from ..ops import operator as selection
     from ..runtime import verify
 
@@ -59,6 +68,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise VerifyError(f"--ranks {arguments.ranks}: the tiny model splits over 2 or 4 ranks")
     if 0 < torch.cuda.device_count() < arguments.ranks:
         raise VerifyError(f"--ranks {arguments.ranks}: here are {torch.cuda.device_count()} GPUs")
+    if arguments.time and device.arch() == device.CPU:
+        raise VerifyError(
+            "--time: there is no GPU here, and times of interpreted kernels say nothing"
+        )
     seed = time.time_ns() % 2**31 if arguments.seed is None else arguments.seed
     where = verify.machine()
     results = []
@@ -85,7 +98,29 @@ def run(arguments: argparse.Namespace) -> int:
     for result in verify.verify_ranks(arguments.ranks, where, seed) if arguments.ranks else ():
         results.append(result)
         _show(result, arguments.json)
+    if arguments.time:
+        _remember(results, arguments.json)
     return _conclude(results, names, seed, arguments.json)
+
+
+def _remember(results: list, quiet: bool) -> None:
+    """Keeps the times of this machine beside those that other operators had."""
+    from .. import measured
+    from ..runtime import verify
+
+    seconds = measured.read()[0] | verify.implementation_seconds(results)
+    where = measured.write(seconds)
+    if quiet:
+        return
+    for operator, phases in seconds.items():
+        for phase in phases:
+            times = seconds[operator][phase]
+            said = ", ".join(
+                f"{name} {times[name] * 1e3:.3g} ms"
+                for name in sorted(times, key=times.__getitem__)
+            )
+            _say(f"{operator} {phase}: {said}")
+    _say(f"{where}: `auto` prefers the first of each from the next start on")
 
 
 def _operators(wanted: list[str] | None, known: list[str]) -> list[str]:

@@ -37,14 +37,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 @functools.lru_cache(maxsize=1)
-def _parser() -> _Parser:
+def parser() -> _Parser:
+    """The parser of the installed SGLang; raises instead of ending the process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of quantisation methods that this machine lacks
         from sglang.srt.server_args import ServerArgs
 
-        parser = _Parser(prog="sglang")
-        ServerArgs.add_cli_args(parser)
-    return parser
+        made = _Parser(prog="sglang")
+        ServerArgs.add_cli_args(made)
+    return made
 
 
 def host_version() -> str:
@@ -60,7 +61,7 @@ def argument_problems(words: Sequence[str]) -> list[str]:
 
     `words` are a server's arguments with the model's. Parsing only: nothing is loaded.
     """
-    actions = _parser()._option_string_actions
+    actions = parser()._option_string_actions
     problems, seen = [], {}
     for word in words:
         if not word.startswith("--"):
@@ -84,7 +85,7 @@ def argument_problems(words: Sequence[str]) -> list[str]:
             )
     if not problems:
         try:
-            _parser().parse_args(list(words))
+            parser().parse_args(list(words))
         except _Refused as refused:
             problems.append(str(refused))
     return problems
@@ -186,7 +187,7 @@ def _resolve(words: list[str]) -> Resolution:
     logging.disable(logging.CRITICAL)
     from sglang.srt.server_args import ServerArgs
 
-    asked = _parser().parse_args([*words, "--skip-tokenizer-init"])
+    asked = parser().parse_args([*words, "--skip-tokenizer-init"])
     server = ServerArgs.from_cli_args(asked)
     try:
         server.resolve_once()
@@ -195,7 +196,7 @@ def _resolve(words: list[str]) -> Resolution:
     resolved = server.resolved_dict()
     problems = []
     for word in words:
-        action = _parser()._option_string_actions.get(word.split("=")[0])
+        action = parser()._option_string_actions.get(word.split("=")[0])
         if action is None or action.dest not in resolved:
             continue
         wanted, got = getattr(asked, action.dest), resolved[action.dest]

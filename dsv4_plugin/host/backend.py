@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.platforms import current_platform
+from sglang.srt.runtime_context import get_disagg, get_memory
+from torch import Tensor
 
 from .. import flags
 from ..cache.step_plan import context_bucket
@@ -21,7 +24,9 @@ from ..config import Precision
 from ..ops import build_step_plan
 from ..ops.operator import Calls, enter_step
 from ..ops.step_plan import StepPlan
-from .ledger import verify
+from .ledger import take_once, verify
+from .metrics import Recorder
+from .platform import CpuPlatform
 from .pool import pool_caches, ring_rows
 
 logger = logging.getLogger(__name__)
@@ -45,13 +50,15 @@ class Backend(AttentionBackend):
     """Step plans and caches of one model runner of the host."""
 
     def __init__(self, runner):
-        model = runner.model.model
-        self.recorder = runner.model.recorder
+        served = runner.model
+        self.recorder: Recorder | None = served.recorder
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.context_len = runner.model_config.context_len
-        ratios = model.geometry.compress_ratios[: model.geometry.num_hidden_layers]
-        self.caches = pool_caches(self.token_to_kv_pool, ratios, model.precision)
+        layers = served.cached_layers
+        ratios = served.geometry.compress_ratios[layers.start : layers.stop]
+        self.caches = pool_caches(self.token_to_kv_pool, ratios, served.precision, layers.start)
+        self.caches.wait = self.token_to_kv_pool.wait_layer_transfer
         self.rings = ring_rows(self.token_to_kv_pool, ratios)
         self.forward_metadata: StepPlan | None = None
         self._captured: dict[tuple, Captured] = {}
@@ -98,7 +105,8 @@ class Backend(AttentionBackend):
             captured = self._captured[key]
             self._plan(captured.batch, out=captured.plan)
             captured.calls.add()
-            self.recorder.step(captured.plan.phase)
+            if self.recorder is not None:
+                self.recorder.step(captured.plan.phase)
         self.forward_metadata = self._captured[key].plan
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
@@ -113,25 +121,39 @@ class Backend(AttentionBackend):
         static = static or out is not None
         seq_lens = batch.seq_lens.to(torch.int64)
         requests = torch.arange(seq_lens.shape[0], device=seq_lens.device)
-        if batch.forward_mode.is_extend():
-            prefix = batch.extend_prefix_lens.to(torch.int64)
-            request = requests.repeat_interleave(
-                batch.extend_seq_lens.to(torch.int64), output_size=batch.positions.shape[0]
+        rows = batch.positions.shape[0]
+        verifies = batch.forward_mode.is_target_verify()
+        if verifies:  # the host counts the rows to verify in no length
+            prefix, counts = seq_lens, _verified(batch)
+            max_queries = batch.spec_info.draft_token_num
+            seq_lens = prefix + counts
+        elif batch.forward_mode.is_draft_extend_v2():  # and counts them where a draft reads them
+            max_queries = batch.spec_info.num_tokens_per_req
+            prefix, counts = seq_lens - max_queries, torch.full_like(seq_lens, max_queries)
+        elif batch.forward_mode.is_extend():
+            rows = sum(batch.extend_seq_lens_cpu)  # others pad a step of all attention replicas
+            prefix, counts = (
+                lens.to(torch.int64) for lens in (batch.extend_prefix_lens, batch.extend_seq_lens)
             )
             max_queries = max(batch.extend_seq_lens_cpu, default=0)
         else:
-            prefix, request, max_queries = seq_lens - 1, requests, min(seq_lens.shape[0], 1)
-        if static or (max_queries <= 1 and seq_lens.device.type != "cpu"):
+            prefix, counts, max_queries = seq_lens - 1, None, min(seq_lens.shape[0], 1)
+        request = (
+            requests if counts is None else requests.repeat_interleave(counts, output_size=rows)
+        )
+        on_cpu = seq_lens.device.type == "cpu"
+        if static or (not on_cpu and (verifies or max_queries <= 1)):
             longest = self.context_len  # a kernel ends by each row's length; one shape for all
         else:
-            longest = max(batch.seq_lens_cpu.tolist(), default=0)
+            lens = seq_lens if on_cpu else batch.seq_lens_cpu
+            longest = max(lens.tolist(), default=0)
             if max_queries <= 1:
                 longest = context_bucket(longest, self.context_len)
         enter_step(max_queries, static)
         return build_step_plan(
-            batch.positions.to(torch.int64),
+            batch.positions[:rows].to(torch.int64),
             request,
-            batch.out_cache_loc.to(torch.int64),
+            batch.out_cache_loc[:rows].to(torch.int64),
             prefix_lens=prefix,
             seq_lens=seq_lens,
             slot_table=self.req_to_token_pool.req_to_token,
@@ -141,13 +163,38 @@ class Backend(AttentionBackend):
             max_seq_len=longest,
             rings=self.rings,
             static_rows=static,
+            may_shrink=verifies,
             out=out,
         )
 
 
+def _verified(batch: ForwardBatch) -> Tensor:
+    """int64 [R]: rows of each request that a step verifies."""
+    layout = batch.spec_info.ragged_verify_layout
+    if layout is not None:
+        return layout.verify_lens.to(torch.int64)
+    return torch.full_like(batch.seq_lens, batch.spec_info.draft_token_num, dtype=torch.int64)
+
+
+def _take_cpu_seams() -> None:
+    """Those of features that this server was started with: their modules take seconds to load."""
+    if get_memory().enable_hierarchical_cache:
+        from .host_memory import CPU_MEMORY_SEAMS
+
+        take_once(CPU_MEMORY_SEAMS)
+    if get_disagg().disaggregation_mode != "null":
+        from .transfer import cpu_seams
+
+        take_once(cpu_seams(get_disagg().disaggregation_transfer_backend))
+
+
 def create_backend(runner) -> Backend:
     """Factory in the host's registry of attention backends."""
+    if isinstance(current_platform, CpuPlatform):
+        _take_cpu_seams()
     verify("while the attention backend is built")
+    if runner.is_draft_worker:
+        return runner.model.backend(runner)
     backend = Backend(runner)
     precision = flags.precision()
     if precision is not Precision.SERVING:

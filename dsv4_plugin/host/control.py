@@ -20,7 +20,7 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from .. import device, flags
 from ..checkpoint.files import CheckpointError
 from ..config import ConfigError, Geometry
-from .ledger import Seam
+from .ledger import Seam, attribute_seam
 from .model import model_directory
 from .weight_update import check_weights
 
@@ -47,10 +47,10 @@ REFUSED: dict[str, str] = {
     "stop_expert_distribution_record": _EXPERTS,
     "dump_expert_distribution_record": _EXPERTS,
     "scale_elastic_ep": "the number of processes is fixed at the start",
-    "pd_role_switch": "prefill and decode are served by the same processes",
-    "clear_hicache_storage": "there is no hierarchical cache",
-    "attach_hicache_storage": "there is no hierarchical cache",
-    "detach_hicache_storage": "there is no hierarchical cache",
+    "pd_role_switch": "a server keeps the --disaggregation-mode that it was started with",
+    "clear_hicache_storage": "pages go to the host's memory and no further",
+    "attach_hicache_storage": "pages go to the host's memory and no further",
+    "detach_hicache_storage": "pages go to the host's memory and no further",
 }
 """Methods of the host behind endpoints that cannot work with this model, and why."""
 
@@ -174,14 +174,13 @@ def _seam(name: str, check: Callable[..., Any]) -> Seam:
         check(manager, *arguments, **named)
         return host(manager, *arguments, **named)
 
-    return Seam(
-        target=f"sglang.srt.managers.tokenizer_manager.TokenizerManager.{name}",
+    return attribute_seam(
+        TokenizerManager,
+        name,
+        checked if inspect.iscoroutinefunction(host) else checked_at_once,
         why="what the model or the platform lacks is refused; in the scheduler it ends the server",
         remove="the host refuses it",
         test="tests/host/test_requests.py",
-        value=checked if inspect.iscoroutinefunction(host) else checked_at_once,
-        take=lambda value: setattr(TokenizerManager, name, value),
-        found=lambda: [getattr(TokenizerManager, name)],
     )
 
 

@@ -173,7 +173,7 @@ def _host_version() -> Check:
 
 def _switches() -> Iterator[Check]:
     if device.package_version("torch") is not None:
-        from .. import ops  # noqa: F401  the values of their flags
+        from . import kernels  # noqa: F401  all operators' implementations, the values of flags
     try:
         flags.check()
     except flags.FlagError as error:
@@ -215,7 +215,8 @@ def _implementations() -> Iterator[Check]:
 
     without: dict[str, list[str]] = {}
     for each in OPERATORS.values():
-        reasons = {name: way.unavailable() for name, way in each.implementations.items()}
+        ways = {name: way for name, way in each.implementations.items() if way.measured}
+        reasons = {name: way.unavailable() for name, way in ways.items()}
         runs = next((name for name, reason in reasons.items() if reason is None), flags.REFERENCE)
         for name, reason in reasons.items():
             if reason is not None:
@@ -273,9 +274,8 @@ def _caches() -> Iterator[Check]:
         yield Check(
             "first start",
             WARNING,
-            "no kernel is compiled yet, so the first start and the first requests take minutes",
-            "start with --watchdog-timeout 1800 once, or run dsv4 verify first and keep the cache"
-            " directories",
+            "no kernel is compiled yet, so the first start takes a minute or two longer",
+            "run dsv4 build MODEL once, here or on a machine without a GPU, and keep the cache",
         )
     else:
         yield Check("first start", OK, "kernels are compiled already")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from .. import flags
@@ -43,6 +44,25 @@ class Seam:
         return any(found is self.value for found in self.found())
 
 
+def attribute_seam(owner: Any, name: str, value: Any, why: str, remove: str, test: str) -> Seam:
+    """The seam that puts `value` in place of the attribute `name` of a class or module of the
+    host."""
+    where = (
+        owner.__name__
+        if isinstance(owner, ModuleType)
+        else (f"{owner.__module__}.{owner.__qualname__}")
+    )
+    return Seam(
+        target=f"{where}.{name}",
+        why=why,
+        remove=remove,
+        test=test,
+        value=value,
+        take=lambda value: setattr(owner, name, value),
+        found=lambda: [getattr(owner, name)],
+    )
+
+
 _TAKEN: list[Seam] = []
 
 
@@ -51,6 +71,12 @@ def take(seams: Iterable[Seam]) -> None:
     for seam in seams:
         seam.take(seam.value)
         _TAKEN.append(seam)
+
+
+def take_once(seams: Iterable[Seam]) -> None:
+    """Takes those of `seams` that this process has not taken yet."""
+    have = {seam.target for seam in _TAKEN}
+    take([seam for seam in seams if seam.target not in have])
 
 
 def taken() -> tuple[Seam, ...]:

@@ -25,7 +25,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 def end_if_orphaned() -> None:
     """Ends this process if it asked to end with its parent and the parent had ended before.
 
-    SGLang's workers ask first and load plugins then, so this is called in time.
+    SGLang's detokenizers and controllers ask first and load plugins then, which is in time; its
+    schedulers ask later, and a seam there calls this again.
     """
     parent = multiprocessing.parent_process()
     if parent is not None and _asked_to_end_with_parent() and not parent.is_alive():

@@ -6,6 +6,7 @@ The file and the gauges are refreshed at most every few seconds, off the serving
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -17,6 +18,8 @@ from sglang.srt.runtime_context import get_parallel, get_server_args
 
 from .. import active, device, flags
 from ..ops.operator import report_rows
+from ..runtime import kernel_cache
+from .timeline import TIMELINE
 from .version import installed
 
 logger = logging.getLogger(__name__)
@@ -34,10 +37,11 @@ class Recorder:
         args = get_server_args()
         self.path = Path(flags.read("DSV4_REPORT") or active.default_path(args.port))
         self.ready = False
-        self._publishes = get_parallel().tp_group.rank_in_group == 0
+        groups = get_parallel()
+        self._publishes = groups.tp_group.rank_in_group == 0 == groups.pp_rank
         self._phases: set[str] = set()
         self._timer: threading.Timer | None = None
-        self._compiles = CompileCounter(self)
+        self._kernels = KernelCounter(self)
         self._series = Series() if "PROMETHEUS_MULTIPROC_DIR" in os.environ else None
         self._facts = {
             "model": args.model_path,
@@ -58,13 +62,15 @@ class Recorder:
         }
 
     def step(self, phase: str) -> None:
-        """Notes that a step of `phase` has run."""
+        """Notes that a step has run, which reads a prompt ("prefill") or not ("decode")."""
         if not self._publishes:
             return
         if not self.ready and phase not in self._phases:
             self._phases.add(phase)
             self.ready = {"prefill", "decode"} <= self._phases
             if self.ready:
+                TIMELINE.end("caches, graphs, first answer", last=True)
+                logger.info("dsv4_plugin: start-up: %s", TIMELINE.text())
                 logger.info(
                     "dsv4_plugin: what runs, after the first prefill and decode\n%s",
                     active.text(self.report()),
@@ -81,7 +87,8 @@ class Recorder:
             {
                 **self._facts,
                 "written": time.strftime("%Y-%m-%d %H:%M:%S"),
-                "compiled after ready": self._compiles.count,
+                **self._kernels.facts(),
+                "start-up, seconds": dict(TIMELINE.seconds),
             },
             report_rows(),
         )
@@ -91,7 +98,7 @@ class Recorder:
         given up."""
         now = self.report()
         if self._series is not None:
-            self._series.set(now.rows, self._compiles.count)
+            self._series.set(now.rows, len(self._kernels.late))
         try:
             if self._publishes:
                 now.write(self.path)
@@ -109,31 +116,75 @@ class Recorder:
         self.publish()
 
 
-class CompileCounter:
-    """Counts kernels that Triton compiles once the server is ready: each is a stall that a user
-    feels."""
+class KernelCounter:
+    """Counts the kernels that Triton loads and compiles. One compiled once the server is ready is a
+    stall that a user feels."""
 
     def __init__(self, recorder: Recorder):
-        self.count = 0
+        self.loaded = 0
+        self.compiled = 0
+        self.seconds = 0.0
+        """Of all compilations."""
+        self.late: list[str] = []
+        """Kernels compiled while serving, with their seconds."""
         self._recorder = recorder
         try:
             from triton import knobs
         except ImportError:
             return
         self._before = knobs.compilation.listener
-        knobs.compilation.listener = self._compiled
+        knobs.compilation.listener = self._told
 
-    def _compiled(
-        self, *, src: Any, metadata: dict[str, Any], cache_hit: bool, **rest: Any
-    ) -> None:
-        if self._recorder.ready and not cache_hit:
-            self.count += 1
-            logger.warning(
-                "dsv4_plugin: compiled %s while serving; requests waited for it",
-                metadata.get("name"),
+    def facts(self) -> dict[str, Any]:
+        """What the report says of kernels."""
+        facts: dict[str, Any] = {}
+        if self.loaded or self.compiled:
+            facts["kernels"] = {
+                "built ahead": _built_ahead(),
+                "loaded": self.loaded,
+                "compiled": self.compiled,
+                "seconds of compiling": round(self.seconds, 1),
+            }
+        facts["compiled after ready"] = len(self.late)
+        if self.late and flags.enabled("DSV4_STRICT"):
+            facts["a fault of dsv4_plugin"] = (
+                f"it did not know ahead that this server needs {', '.join(self.late)}; please"
+                " report it"
             )
+        return facts
+
+    def _told(
+        self,
+        *,
+        src: Any,
+        metadata: dict[str, Any],
+        times: Any,
+        cache_hit: bool,
+        **rest: Any,
+    ) -> None:
+        if cache_hit:
+            self.loaded += 1
+        else:
+            self.compiled += 1
+            seconds = times.total / 1e6  # Triton counts microseconds
+            self.seconds += seconds
+            if self._recorder.ready:
+                self.late.append(f"{metadata.get('name')} ({seconds:.1f} s)")
+                logger.warning(
+                    "dsv4_plugin: compiled %s in %.1f s while serving; requests waited for it: %s",
+                    metadata.get("name"),
+                    seconds,
+                    getattr(src, "signature", ""),
+                )
         if self._before is not None:
-            self._before(src=src, metadata=metadata, cache_hit=cache_hit, **rest)
+            self._before(src=src, metadata=metadata, times=times, cache_hit=cache_hit, **rest)
+
+
+@functools.cache
+def _built_ahead() -> int:
+    """Kernels of `dsv4 build` for this server, in the cache that it uses."""
+    args = get_server_args()
+    return kernel_cache.built_ahead(args.model_path, device.arch(), args.tp_size, args.ep_size)
 
 
 class Series:

@@ -7,9 +7,12 @@ those kernels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 from .. import flags
@@ -47,3 +50,22 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def is_pin_memory_available(self, device=None) -> bool:
         return False
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm in ("DSPARK", "EAGLE")
+
+    def get_speculative_worker_cls(self, algorithm: str) -> type | None:
+        if algorithm == "DSPARK":
+            from .dspark_worker import DSparkWorker  # the host's scheduler must be there first
+
+            return DSparkWorker
+        if algorithm == "EAGLE":
+            from .mtp_worker import MTPWorker
+
+            return MTPWorker
+        return None
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., Tensor]:
+        from .draft_slots import cache_locs
+
+        return cache_locs

@@ -7,6 +7,7 @@ from .. import flags
 from . import version
 from .lifetime import end_if_orphaned
 from .refusal import refuse
+from .timeline import TIMELINE
 
 
 def register() -> None:
@@ -19,7 +20,7 @@ def register() -> None:
     try:
         if not flags.enabled("DSV4_PLUGIN"):
             return
-        from .. import ops  # noqa: F401  the values of their flags
+        from . import kernels  # noqa: F401  all operators' implementations, the values of flags
 
         flags.check()
         flags.adopt()
@@ -29,5 +30,6 @@ def register() -> None:
         from .seams import seams
 
         take(seams())
+        TIMELINE.end("import")
     except (flags.FlagError, version.HostVersionError) as error:
         refuse(error)

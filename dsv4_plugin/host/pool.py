@@ -36,14 +36,18 @@ class PoolError(RuntimeError):
 
 
 def pool_caches(
-    pool: DeepSeekV4TokenToKVPool, compress_ratios: Sequence[int], precision: Precision
+    pool: DeepSeekV4TokenToKVPool,
+    compress_ratios: Sequence[int],
+    precision: Precision,
+    first: int = 0,
 ) -> Caches:
-    """Caches over `pool` for layers 0.. of the given compress ratios. Raises PoolError for a layout
-    not known here."""
+    """Caches over `pool` for layers `first`.. of the given compress ratios: those of a stage of a
+    pipeline or of a draft. Raises PoolError for a layout not known here."""
     check_layout(pool)
     caches = Caches()
-    for layer, ratio in enumerate(compress_ratios):
-        caches.window[layer] = _latents(pool.swa_kv_pool.kv_buffer[layer], PAGE_TOKENS, precision)
+    for layer, ratio in enumerate(compress_ratios, first):
+        pages = pool.swa_kv_pool.kv_buffer[layer - first]
+        caches.window[layer] = _latents(pages, PAGE_TOKENS, precision)
         if not ratio:
             continue
         _, position, compressed = pool.layer_mapping[layer]

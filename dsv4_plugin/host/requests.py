@@ -4,9 +4,10 @@ sentence.
 SGLang reads a request in the process that it comes in at: the HTTP server, each of its tokenizer
 workers, or an in-process `Engine`. What it lets through goes to the scheduler, where an index
 outside a tensor, a message that cannot be read or an empty sequence ends the server for everybody.
-Two functions of the host are wrapped, and every endpoint, batch and session passes both:
+Functions of the host are wrapped that every endpoint, batch and session passes:
 
-* `GenerateReqInput.normalize_batch_and_arguments`, which splits a request into its parts;
+* `normalize_batch_and_arguments` of `GenerateReqInput` and of `EmbeddingReqInput`, which splits a
+  request into its parts;
 * `TokenizerManager._create_tokenized_object`, which makes each part's message to the scheduler.
 
 Processes of `--tokenizer-worker-num` load no plugin; `tokenizer_worker_class` reaches them.
@@ -22,7 +23,11 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 from sglang.srt.managers import io_struct
-from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import (
+    EmbeddingReqInput,
+    GenerateReqInput,
+    TokenizedGenerateReqInput,
+)
 from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -31,8 +36,10 @@ from sglang.srt.utils.msgpack_utils import dec_hook, enc_hook, ext_hook
 
 from ..config import ARCHITECTURE
 from .control import CONTROL_SEAMS
-from .ledger import Seam, take, taken
+from .http_errors import HTTP_SEAMS, serves_http
+from .ledger import Seam, attribute_seam, take, taken
 from .lifetime import end_if_orphaned
+from .lost_worker import LOST_WORKER
 
 _INT32, _FLOAT32 = torch.iinfo(torch.int32), torch.finfo(torch.float32)
 MAX_PARTS = 2**16
@@ -78,7 +85,18 @@ _UNSUPPORTED = {
 }
 """Fields of a request that ask for what this package does not do, and why."""
 
+_ONE_BY_ONE = {
+    "min_p": 0,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "repetition_penalty": 1,
+    "min_new_tokens": 0,
+}
+"""Sampling parameters and the values of them that do nothing: the host does not apply them to each
+of the tokens that a step accepts."""
+
 host_normalize = GenerateReqInput.normalize_batch_and_arguments
+host_normalize_embedding = EmbeddingReqInput.normalize_batch_and_arguments
 host_create = TokenizerManager._create_tokenized_object
 
 
@@ -90,14 +108,33 @@ def normalize(request: GenerateReqInput) -> None:
     for text in request.text if isinstance(request.text, list) else [request.text]:
         _check_text("text", text)
     _check_size(request)
+    _check_given_rids(request)
     try:
         host_normalize(request)
         if request.is_single and not isinstance(request.sampling_params, dict):
             raise ValueError("sampling_params of one prompt must be one object, not a list")
+        if request.is_single:
+            _check_rid(request.rid)
         if not request.is_single:
             for part in range(len(request.rid)):
                 request[part]  # built here, and kept: a list that is too short ends here
     except (TypeError, LookupError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"the request's fields do not fit one another or their types: {error}"
+        ) from error
+
+
+def normalize_embedding(request: EmbeddingReqInput) -> None:
+    """The same for requests of an embedding; that the model gives none is said by the host.
+
+    Raises ValueError, which the host answers with status 400.
+    """
+    _check_given_rids(request)
+    try:
+        host_normalize_embedding(request)
+        if request.is_single:
+            _check_rid(request.rid)
+    except (TypeError, LookupError, AttributeError, AssertionError) as error:
         raise ValueError(
             f"the request's fields do not fit one another or their types: {error}"
         ) from error
@@ -122,6 +159,8 @@ def create_tokenized(
         raise ValueError(f"the request cannot be read: {error}") from error
     _check_readable(message)
     _check_sampling(message.sampling_params, vocab_size, manager)
+    if manager.server_args.speculative_algorithm is not None:
+        _check_drafted(message.sampling_params)
     _check_logprobs(message, vocab_size)
     return message
 
@@ -134,6 +173,17 @@ def _check_text(name: str, text: Any) -> None:
         raise ValueError(
             f"{name} holds the character {text[error.start]!r}, half of a pair, which is no text"
         ) from None
+
+
+def _check_rid(rid: Any) -> None:
+    if not isinstance(rid, str):
+        raise ValueError(f"rid must be a text, one for each prompt, got {rid!r}")
+
+
+def _check_given_rids(request: GenerateReqInput | EmbeddingReqInput) -> None:
+    for rid in request.rid if isinstance(request.rid, list) else [request.rid]:
+        if rid is not None:
+            _check_rid(rid)
 
 
 def _check_size(request: GenerateReqInput) -> None:
@@ -233,6 +283,17 @@ def _check_sampling(params: SamplingParams, vocab_size: int, manager: TokenizerM
         _check_min_new_tokens(params, len(stops) + always + 1 < vocab_size)
 
 
+def _check_drafted(params: SamplingParams) -> None:
+    for name, neutral in _ONE_BY_ONE.items():
+        value = getattr(params, name)
+        if value != neutral:
+            raise ValueError(
+                f"{name}={value} cannot be served with a draft: SGLang does not apply it to every"
+                f" token that a step accepts. Leave it out, or ask a server without"
+                " --speculative-algorithm"
+            )
+
+
 def _check_min_new_tokens(params: SamplingParams, leaves_tokens: bool) -> None:
     """Until it is reached, tokens that would end the sequence have no probability; some other must
     keep one."""
@@ -267,23 +328,29 @@ def _check_logprobs(message: TokenizedGenerateReqInput, vocab_size: int) -> None
 
 
 REQUEST_SEAMS: tuple[Seam, ...] = (
-    Seam(
-        target="sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments",
+    attribute_seam(
+        GenerateReqInput,
+        "normalize_batch_and_arguments",
+        normalize,
         why="a request that cannot be split into its parts is answered, not left to fail later",
         remove="the host checks the size and the types of a request",
         test="tests/host/test_requests.py",
-        value=normalize,
-        take=lambda value: setattr(GenerateReqInput, "normalize_batch_and_arguments", value),
-        found=lambda: [GenerateReqInput.normalize_batch_and_arguments],
     ),
-    Seam(
-        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+    attribute_seam(
+        EmbeddingReqInput,
+        "normalize_batch_and_arguments",
+        normalize_embedding,
+        why="the identifier of a request becomes the key of a table, whatever its type",
+        remove="the host checks the types of a request for an embedding",
+        test="tests/host/test_requests.py",
+    ),
+    attribute_seam(
+        TokenizerManager,
+        "_create_tokenized_object",
+        create_tokenized,
         why="what the workers cannot take is refused; in the scheduler it would end the server",
         remove="the host checks everything that it sends to the scheduler",
         test="tests/host/test_requests.py",
-        value=create_tokenized,
-        take=lambda value: setattr(TokenizerManager, "_create_tokenized_object", value),
-        found=lambda: [TokenizerManager._create_tokenized_object],
     ),
 )
 """Taken in the processes that requests come in at; these modules are loaded in no other."""
@@ -301,7 +368,7 @@ def check_requests(server_args: Any) -> None:
 def take_entry_seams() -> None:
     """Takes, once, the seams of a process that requests come in at."""
     if REQUEST_SEAMS[0] not in taken():
-        take([*REQUEST_SEAMS, *CONTROL_SEAMS])
+        take([*REQUEST_SEAMS, *CONTROL_SEAMS, LOST_WORKER, *(HTTP_SEAMS if serves_http() else ())])
 
 
 def tokenizer_worker_class() -> type[TokenizerWorker]:

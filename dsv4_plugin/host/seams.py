@@ -3,25 +3,40 @@ are in requests.py and control.py, that of the sampler in sampler.py."""
 
 from __future__ import annotations
 
-from sglang.srt.arg_groups import model_override_base, resolution_hooks
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.arg_groups import model_override_base, resolution_hooks, speculative_hook
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.mem_cache import kv_cache_configurator
+from sglang.srt.model_executor import forward_batch_info
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.platforms import current_platform
 from sglang.srt.platforms.interface import reject_out_of_tree_path
+from sglang.srt.utils.common import kill_itself_when_parent_died
 
 from ..config import ARCHITECTURE
 from .backend import create_backend
+from .dspark import DeepseekV4ForCausalLMDSpark
 from .launch import check_source, resolve
-from .ledger import Seam
+from .ledger import Seam, attribute_seam
+from .lifetime import end_if_orphaned
 from .model import DeepseekV4ForCausalLM
+from .mtp import DeepseekV4ForCausalLMNextN
 from .platform import CpuPlatform
+from .profile import SchedulerProfilerManager, profile
 from .weight_update import update_weights_from_disk
 
 BACKEND = "dsv4"
+DSPARK = "DeepseekV4ForCausalLMDSpark"
+"""The host's name for the draft of a checkpoint with `dspark_*` in its config.json."""
+MTP = "DeepseekV4ForCausalLMNextN"
+"""The host's name for the draft of a checkpoint with an MTP block."""
 _SOURCE_STEP = "handle_model_source_paths"
 _POOL = "the DeepSeek-V4 KV pool"
+_SCHEDULER = "sglang.srt.managers.scheduler"
 
 
 def _allow_pool_on_cpu(platform, *, subsystem: str) -> None:
@@ -30,6 +45,36 @@ def _allow_pool_on_cpu(platform, *, subsystem: str) -> None:
     if subsystem == _POOL and isinstance(platform, CpuPlatform):
         return
     reject_out_of_tree_path(platform, subsystem=subsystem)
+
+
+def _end_with_parent() -> None:
+    """The host's `kill_itself_when_parent_died`, also where the parent died before."""
+    kill_itself_when_parent_died()
+    end_if_orphaned()
+
+
+@dataclass
+class _OnGpu:
+    """The host's arguments, as if the device were a GPU."""
+
+    arguments: Any
+    device: str = "cuda"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.arguments, name)
+
+
+host_handle_dspark = speculative_hook._handle_dspark
+
+
+def _handle_dspark_on_cpu(server_args: Any) -> None:
+    """The host's checks and defaults for DSPARK, which it begins by refusing every CPU."""
+    view = speculative_hook.resolving_view
+    speculative_hook.resolving_view = lambda arguments: _OnGpu(view(arguments))
+    try:
+        host_handle_dspark(server_args)
+    finally:
+        speculative_hook.resolving_view = view
 
 
 SEAMS: tuple[Seam, ...] = (
@@ -41,6 +86,24 @@ SEAMS: tuple[Seam, ...] = (
         value=DeepseekV4ForCausalLM,
         take=lambda value: ModelRegistry.models.update({ARCHITECTURE: value}),
         found=lambda: [ModelRegistry.models.get(ARCHITECTURE)],
+    ),
+    Seam(
+        target=f"sglang.srt.models.registry.ModelRegistry.models[{DSPARK!r}]",
+        why="the host constructs our stages for a DSpark draft instead of its own",
+        remove="never: this is the host's registry for it",
+        test="tests/host/test_dspark.py",
+        value=DeepseekV4ForCausalLMDSpark,
+        take=lambda value: ModelRegistry.models.update({DSPARK: value}),
+        found=lambda: [ModelRegistry.models.get(DSPARK)],
+    ),
+    Seam(
+        target=f"sglang.srt.models.registry.ModelRegistry.models[{MTP!r}]",
+        why="the host constructs our MTP block for a draft instead of its own",
+        remove="never: this is the host's registry for it",
+        test="tests/host/test_mtp.py",
+        value=DeepseekV4ForCausalLMNextN,
+        take=lambda value: ModelRegistry.models.update({MTP: value}),
+        found=lambda: [ModelRegistry.models.get(MTP)],
     ),
     Seam(
         target=f"sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS[{BACKEND!r}]",
@@ -80,44 +143,78 @@ SEAMS: tuple[Seam, ...] = (
         take=lambda value: model_override_base.register_model_override(ARCHITECTURE)(value),
         found=lambda: model_override_base._MODEL_OVERRIDE_FNS.get(ARCHITECTURE, ()),
     ),
-    Seam(
-        target=(
-            "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
-            ".update_weights_from_disk"
-        ),
+    attribute_seam(
+        WeightUpdater,
+        "update_weights_from_disk",
+        update_weights_from_disk,
         why="weights of another model, or files that end early, never serve, not even in part",
         remove="the host checks files before it loads them, and goes back to those it served",
         test="tests/host/test_weight_update.py",
-        value=update_weights_from_disk,
-        take=lambda value: setattr(WeightUpdater, "update_weights_from_disk", value),
-        found=lambda: [WeightUpdater.update_weights_from_disk],
+    ),
+    attribute_seam(
+        SchedulerProfilerManager,
+        "_profile",
+        profile,
+        why="a profile that cannot be started or written is refused; it would end the scheduler",
+        remove="the host refuses a second start and catches what its profilers raise",
+        test="tests/host/test_api.py",
     ),
 )
 
-CPU_SEAMS: tuple[Seam, ...] = (
-    Seam(
-        target="sglang.srt.mem_cache.kv_cache_configurator.reject_out_of_tree_path",
-        why=(
-            "the host refuses its DeepSeek-V4 pool on every out-of-tree platform, though it is"
-            " plain torch"
-        ),
-        remove="SRTPlatform.get_kv_pool_cls takes kind='dsv4'",
-        test="tests/host/test_ledger.py",
-        value=_allow_pool_on_cpu,
-        take=lambda value: setattr(kv_cache_configurator, "reject_out_of_tree_path", value),
-        found=lambda: [kv_cache_configurator.reject_out_of_tree_path],
+CPU_POOL = attribute_seam(
+    kv_cache_configurator,
+    "reject_out_of_tree_path",
+    _allow_pool_on_cpu,
+    why=(
+        "the host refuses its DeepSeek-V4 pool on every out-of-tree platform, though it is"
+        " plain torch"
     ),
+    remove="SRTPlatform.get_kv_pool_cls takes kind='dsv4'",
+    test="tests/host/test_ledger.py",
 )
+
+CPU_DSPARK = attribute_seam(
+    speculative_hook,
+    "_handle_dspark",
+    _handle_dspark_on_cpu,
+    why="the host refuses DSPARK on a CPU before it asks the platform for a worker",
+    remove="the host asks SRTPlatform.supports_speculative_algorithm for DSPARK as well",
+    test="tests/host/test_dspark.py",
+)
+
+CPU_PINNED = attribute_seam(
+    forward_batch_info,
+    "_is_cpu",
+    True,
+    why="rows of attention replicas are counted in pinned memory, which a CPU does not have",
+    remove="forward_batch_info asks the platform, as the patch pinned-memory-by-platform does",
+    test="tests/host/test_layouts.py",
+)
+
+
+def _scheduler_seam() -> Seam:
+    return attribute_seam(
+        sys.modules[_SCHEDULER],
+        "kill_itself_when_parent_died",
+        _end_with_parent,
+        why="a scheduler whose parent died while it imported would wait for the other ranks",
+        remove="the host looks for its parent once it has asked to end with it",
+        test="tests/host/test_lifetime.py",
+    )
 
 
 def seams() -> tuple[Seam, ...]:
     """The seams that every process takes when it loads plugins.
 
-    That of the CPU platform only where it is active and SGLang has no seam of its own (patch
-    `pool-platform-seam`).
+    Those of the CPU platform only where it is active, that of the pool only where SGLang has no
+    seam of its own (patch `pool-platform-seam`); that of the scheduler only where its module is
+    loaded: it takes seconds.
     """
-    cpu = (
-        isinstance(current_platform, CpuPlatform)
-        and "dsv4" not in kv_cache_configurator._KV_POOL_BASE_FOR_KIND
-    )
-    return SEAMS + (CPU_SEAMS if cpu else ())
+    taken = list(SEAMS)
+    if isinstance(current_platform, CpuPlatform):
+        if "dsv4" not in kv_cache_configurator._KV_POOL_BASE_FOR_KIND:
+            taken.append(CPU_POOL)
+        taken += (CPU_PINNED, CPU_DSPARK)
+    if _SCHEDULER in sys.modules:
+        taken.append(_scheduler_seam())
+    return tuple(taken)

@@ -18,7 +18,11 @@ from sglang.srt.runtime_context import get_parallel
 
 from ..checkpoint.files import CheckpointError, CheckpointFiles
 from ..config import ConfigError, Geometry
+from .dspark import DeepseekV4ForCausalLMDSpark
 from .model import DeepseekV4ForCausalLM, model_directory
+from .mtp import DeepseekV4ForCausalLMNextN
+
+_OURS = DeepseekV4ForCausalLM, DeepseekV4ForCausalLMDSpark, DeepseekV4ForCausalLMNextN
 
 host_update = WeightUpdater.update_weights_from_disk
 
@@ -55,14 +59,19 @@ def update_weights_from_disk(
     The weights are copied into the tensors that are there, so captured graphs stay valid.
     """
     model = updater.get_model()
-    if not isinstance(model, DeepseekV4ForCausalLM):
+    if not isinstance(model, _OURS):
         return host_update(
             updater, model_path, load_format, weight_name_filter, recapture_cuda_graph
         )
     if weight_name_filter is not None:
         return False, "only all weights of a checkpoint are loaded together"
+    if any(getattr(module, "is_prepared", False) for module in model.modules()):
+        return False, (
+            "weights were prepared for an implementation that was asked for by name (dsv4 flags),"
+            " and cannot be exchanged while it serves; start the server anew"
+        )
     before = model_directory(updater.model_config.model_path, updater.model_config.revision)
-    error = _on_every_rank(lambda: check_weights(model_path, model.model.geometry))
+    error = _on_every_rank(lambda: check_weights(model_path, model.geometry))
     if error:
         return False, error
     error = _on_every_rank(lambda: model.load_weights(CheckpointFiles(model_path).tensors()))

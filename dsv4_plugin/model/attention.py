@@ -99,8 +99,15 @@ class Indexer(nn.Module):
         for start in range(0, tokens, block):
             rows = slice(start, start + block)
             part = plan.rows(rows)
-            logits = indexer_logits(q[rows], weights[rows], cache, part)
-            chosen.append(topk_select(logits, step.visible[rows], self.topk, part))
+            chosen.append(
+                topk_select(
+                    # without a name, so that one block of them lives at a time
+                    indexer_logits(q[rows], weights[rows], cache, part),
+                    step.visible[rows],
+                    self.topk,
+                    part,
+                )
+            )
         return torch.cat(chosen)
 
 
@@ -173,6 +180,7 @@ class Attention(nn.Module):
         """[T, d] of normed `x` [T, d]."""
         cos, sin = step.rotations[self.ratio].rows
         caches, plan = step.caches, step.plan
+        caches.wait(self.layer)
         low, kv = self._low_rank(x)
         q, *index_q = self._queries(
             Activation(*rms_norm_quant(low, self.q_norm.weight, self.eps, self._keep))

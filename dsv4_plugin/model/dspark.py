@@ -22,6 +22,7 @@ from ..ops.rms_norm_quant import rms_norm
 from ..ops.rope import inverse_frequencies, rotation
 from ..ops.step_plan import StepPlan
 from .build import Build
+from .replicas import rows_of_all
 from .step import Step, rotations
 from .transformer import Block, HeadCollapse
 
@@ -82,6 +83,7 @@ class DSpark(nn.ModuleList):
         self.block_size = geometry.dspark.block_size
         self.noise_token_id = geometry.dspark.noise_token_id
         self.eps, self.streams = geometry.rms_norm_eps, geometry.hc_mult
+        self._parallel = build.parallel
         self.register_buffer(
             "frequencies", inverse_frequencies(geometry, 0).to(build.device), persistent=False
         )
@@ -121,8 +123,14 @@ class DSpark(nn.ModuleList):
         `plan` is that of `ops.build_draft_plan`: every row of a request sees the same keys, up to
         128 of context and the whole block.
         """
-        enter_step(plan.max_queries)
-        step = Step(ids, plan, caches, rotations(plan, {0: self.frequencies}))
+        enter_step(plan.max_queries, plan.static)
+        step = Step(
+            ids,
+            plan,
+            caches,
+            rotations(plan, {0: self.frequencies}),
+            rows=rows_of_all(self._parallel, ids.shape[0]),
+        )
         streams = embedded.unsqueeze(1).expand(-1, self.streams, -1)
         for stage in self:
             streams = stage(streams, step)
@@ -155,5 +163,9 @@ class DSpark(nn.ModuleList):
     def confidence(self, hidden: Tensor, e: Tensor) -> Tensor:
         """fp32 [R] of `hidden` [R, d], collapsed but not normed, and of what `markov_w1` holds for
         the token before, `e` [R, r]."""
+        return self.confidence_logit(hidden, e).sigmoid()
+
+    def confidence_logit(self, hidden: Tensor, e: Tensor) -> Tensor:
+        """The same before the sigmoid."""
         features = torch.cat((hidden, e), -1)
-        return linear_fp32(features, self[-1].confidence_head.proj.weight).sigmoid().squeeze(-1)
+        return linear_fp32(features, self[-1].confidence_head.proj.weight).squeeze(-1)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..cache import Caches
 from ..ops.rope import rotation
 from ..ops.step_plan import StepPlan
+from .replicas import RowsOfAll
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Step:
     rotations: dict[int, Rotation]
     visible: Tensor | None = None
     """int64 [T]: ratio-4 entries that each row sees; a draft has no layer that asks."""
+    rows: RowsOfAll | None = None
+    """Of all attention replicas, where there are several."""
 
 
 def rotations(plan: StepPlan, frequencies: dict[int, Tensor]) -> dict[int, Rotation]:

@@ -24,6 +24,7 @@ from .attention import Attention
 from .build import Build
 from .feed_forward import FeedForward
 from .linear import Activation
+from .replicas import rows_of_all
 from .step import Step, rotations
 
 
@@ -76,6 +77,7 @@ class Block(nn.Module):
             else:
                 streams, entry = state, mhc_pre(state, *site, self.packed)
             x, codes, x_scale, post, comb = entry
+            del state, entry  # mixed in; at 8192 rows of Pro the streams are half a gigabyte
             state = Mixing(layer(Activation(x, codes, x_scale), step), streams, post, comb)
         return state
 
@@ -137,7 +139,8 @@ class DeepseekV4(nn.Module, HeadCollapse):
     """DeepSeek-V4 on one process of a parallel layout.
 
     `parts` is "backbone", "mtp" (the MTP blocks or the DSpark draft, with embedding and head) or
-    "all". Raises ParallelError when the layout does not fit the geometry.
+    "all". With attention replicas all processes take every step together, those of a replica
+    without rows as well. Raises ParallelError when the layout does not fit the geometry.
     """
 
     def __init__(
@@ -154,11 +157,15 @@ class DeepseekV4(nn.Module, HeadCollapse):
         self.geometry, self.precision, self.parallel = geometry, build.precision, parallel
         self.dtype, self.parts = build.dtype, parts
         vocab = geometry.vocab_size // parallel.vocab.size
-        self.embed = build.rows(vocab, geometry.hidden_size)
-        self.head = build.rows(vocab, geometry.hidden_size)
-        backbone = range(geometry.num_hidden_layers) if parts != "mtp" else ()
-        self.layers = nn.ModuleList(Block(build, layer) for layer in backbone)
-        if parts != "mtp":
+        stage, last = parallel.stage(geometry), parallel.is_last(geometry)
+        if stage.start == 0:
+            self.embed = build.rows(vocab, geometry.hidden_size)
+        if last:
+            self.head = build.rows(vocab, geometry.hidden_size)
+        self.layers = nn.ModuleList()
+        for layer in stage if parts != "mtp" else ():
+            self.layers.add_module(str(layer), Block(build, layer))  # its number in the checkpoint
+        if last and parts != "mtp":
             self._add_head_collapse(build)
         self.mtp = _draft(build) if parts != "backbone" else nn.ModuleList()
         for ratio in sorted(set(geometry.compress_ratios)):
@@ -172,7 +179,8 @@ class DeepseekV4(nn.Module, HeadCollapse):
         frequencies = {ratio: getattr(self, f"frequencies_{ratio}") for ratio in ratios}
         # What pads a batch writes to slot 0, which belongs to nobody.
         routed = token_ids.masked_fill(plan.window_write <= 0, -1)
-        return Step(routed, plan, caches, rotations(plan, frequencies), plan.visible(4))
+        rows = rows_of_all(self.parallel, token_ids.shape[0])
+        return Step(routed, plan, caches, rotations(plan, frequencies), plan.visible(4), rows)
 
     def embedded(self, token_ids: Tensor) -> Tensor:
         """Embeddings [T, d] of `token_ids` int64 [T]."""
@@ -185,21 +193,30 @@ class DeepseekV4(nn.Module, HeadCollapse):
         return group.all_reduce(rows.masked_fill(~mine.unsqueeze(-1), 0))
 
     def forward(
-        self, token_ids: Tensor, plan: StepPlan, caches: Caches, taps: list[Tensor] | None = None
+        self,
+        token_ids: Tensor,
+        plan: StepPlan,
+        caches: Caches,
+        taps: list[Tensor] | None = None,
+        streams: Tensor | None = None,
     ) -> Tensor:
         """Residual streams [T, 4, d] after the backbone for `token_ids` int64 [T]; the caches take
         the step's entries. With `taps`, the mean [T, d] of the streams after each layer that a
-        DSpark draft reads is appended to it."""
+        DSpark draft reads is appended to it. A later stage of a pipeline takes the `streams` of the
+        one before it."""
         step = self._step(token_ids, plan, caches)
-        streams = self.embedded(token_ids).unsqueeze(1).expand(-1, self.geometry.hc_mult, -1)
+        if streams is None:
+            streams = self.embedded(token_ids).unsqueeze(1).expand(-1, self.geometry.hc_mult, -1)
         tapped = self.geometry.dspark.target_layer_ids if taps is not None else ()
-        state = streams
+        states: list[Tensor | Mixing] = [streams]
         for layer in self.layers:
-            state = layer.advance(state, step)
+            # Handed over: a layer frees the streams before it as soon as it has mixed them.
+            states.append(layer.advance(states.pop(), step))
             if layer.layer in tapped:
-                state = mhc_post(*state)
-                taps.append(state.mean(1))
+                states.append(mhc_post(*states.pop()))
+                taps.append(states[0].mean(1))
         HERE.layer = HERE.ratio = -1
+        (state,) = states
         return mhc_post(*state) if isinstance(state, Mixing) else state
 
     def draft(
@@ -219,6 +236,14 @@ class DeepseekV4(nn.Module, HeadCollapse):
         """fp32 [T, vocab] of collapsed `hidden` [T, d]; this process's rows of the vocabulary
         only."""
         return linear_fp32(hidden, self.head.weight)
+
+    def whole_logits(self, hidden: Tensor) -> Tensor:
+        """fp32 [T, vocab] of collapsed `hidden` [T, d]: the rows of all processes of the
+        vocabulary's group."""
+        logits = self.logits(hidden)
+        if self.parallel.vocab.size == 1:
+            return logits
+        return self.parallel.vocab.all_gather(logits).movedim(0, 1).flatten(1)
 
 
 def _draft(build: Build) -> nn.ModuleList:

@@ -82,3 +82,13 @@ for _operator, _requires in ((block_fp8_linear, _needs_packed_weight), (linear_f
             requires=_requires,
         )
     )
+block_fp8_linear.add(
+    Implementation(
+        "aiter",
+        "dsv4_plugin.kernels.aiter.block_fp8_linear:block_fp8_linear",
+        packages=("amd-aiter",),
+        archs=("gfx950",),
+        requires=_needs_packed_weight,
+        measured=False,
+    )
+)

@@ -7,8 +7,11 @@ _BUILDING = (
     "triton.compiler.code_generator",
     "triton.backends.nvidia.compiler",
     "triton.backends.amd.compiler",
+    "tilelang.engine",
+    "tilelang.contrib",
 )
-"""Modules of Triton that run while a kernel is built, and not while it is loaded or launched."""
+"""Modules of compilers that run while a kernel is built, and not while it is loaded or
+launched."""
 
 
 def compile_failure(error: BaseException) -> str | None:

@@ -63,3 +63,13 @@ indexer_logits.add(
         requires=_needs_packed_fp8,
     )
 )
+indexer_logits.add(
+    Implementation(
+        "tilelang",
+        "dsv4_plugin.kernels.tilelang.indexer_logits:indexer_logits",
+        packages=("tilelang==0.1.12",),
+        archs=("gfx950", "gfx942", "sm_90"),
+        requires=_needs_packed_fp8,
+        measured=False,
+    )
+)

@@ -162,6 +162,33 @@ def _second_streams(y: Tensor, streams: Tensor, *_: Any, **__: Any) -> str | Non
     return _lacks(streams)
 
 
+_AITER_DIMS = (7168, 4096, 2560, 1280)
+"""Channels that aiter's kernel of collapse and norm is compiled for."""
+
+
+def _lacks_aiter(streams: Tensor, dims: tuple[int, ...]) -> str | None:
+    """Why aiter's kernels cannot take `streams`, or None; without `dims` a multiple of 256 will
+    do."""
+    dim = streams.shape[-1]
+    if reason := _lacks(streams):
+        return reason
+    if dims and dim not in dims:
+        return f"{dim} channels are none of {', '.join(map(str, dims))}"
+    return f"{dim} channels are no multiple of 256" if dim % 256 else None
+
+
+def _aiter_pre(streams: Tensor, *_: Any, **__: Any) -> str | None:
+    return _lacks_aiter(streams, _AITER_DIMS)
+
+
+def _aiter_post_pre(y: Tensor, streams: Tensor, *_: Any, **__: Any) -> str | None:
+    return _lacks_aiter(streams, _AITER_DIMS)
+
+
+def _aiter_post(y: Tensor, streams: Tensor, *_: Any, **__: Any) -> str | None:
+    return _lacks_aiter(streams, ())
+
+
 for _operator, _requires in (
     (mhc_pre, _first_streams),
     (mhc_post, _second_streams),
@@ -175,5 +202,35 @@ for _operator, _requires in (
             packages=("triton",),
             fp8=_operator in (mhc_pre, mhc_post_pre),
             requires=_requires,
+        )
+    )
+for _operator, _requires, _archs in (
+    (mhc_pre, _aiter_pre, ("gfx950",)),
+    (mhc_post, _aiter_post, ("gfx942", "gfx950")),
+    (mhc_post_pre, _aiter_post_pre, ("gfx950",)),
+):
+    _operator.add(
+        Implementation(
+            "aiter",
+            f"dsv4_plugin.kernels.aiter.mhc:{_operator.name}",
+            packages=("amd-aiter",),
+            archs=_archs,
+            requires=_requires,
+            measured=False,
+        )
+    )
+for _operator, _requires in (
+    (mhc_pre, _first_streams),
+    (mhc_post, _second_streams),
+    (mhc_post_pre, _second_streams),
+):
+    _operator.add(
+        Implementation(
+            "tilelang",
+            f"dsv4_plugin.kernels.tilelang.mhc:{_operator.name}",
+            packages=("tilelang==0.1.12",),
+            archs=("gfx950", "sm_90"),  # gfx942 has other FP8 codes, and nothing of it was executed
+            requires=_requires,
+            measured=False,
         )
     )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..formats import dense_weight
+from ..kernels.flydsl.prepared import PreparedExperts, released
 from .block_fp8_linear import linear
 from .operator import HERE, Implementation, operator
 from .shared_expert import needs_bf16, swiglu
@@ -33,7 +34,12 @@ def moe(
     `x` [T, d]; `weights` fp32 and `experts` int64 [T, topk]; `w1`, `w3` [E, I, d] and `w2` [E, d,
     I] hold experts `first_expert` .. `first_expert` + E - 1, dense or packed FP4/FP8 with scales;
     other experts contribute nothing. The weight multiplies before `w2`, where rounding sees it.
+
+    Weights that were prepared for an implementation are a PreparedExperts each; only that one takes
+    them, and this definition, which reads them back.
     """
+    if isinstance(w1, PreparedExperts):
+        w1, w1_scale, w2, w2_scale, w3, w3_scale = released(w1, w2)
     stacks = (w1, w1_scale), (w2, w2_scale), (w3, w3_scale)
     each = _choice_by_choice if HERE.static else _expert_by_expert
     return each(x, weights, experts - first_expert, stacks, swiglu_limit)
@@ -95,11 +101,35 @@ def _products(rows: Tensor, matrices: Tensor) -> Tensor:
     return (rows_first @ matrices.transpose(1, 2)).squeeze(1).to(rows.dtype)
 
 
+def _needs_released(x: Tensor, weights: Tensor, experts: Tensor, w1: Tensor, *rest) -> str | None:
+    if isinstance(w1, PreparedExperts):
+        return "the weights are prepared for flydsl"
+    return needs_bf16(x)
+
+
+def _needs_prepared(x: Tensor, weights: Tensor, experts: Tensor, w1: Tensor, *rest) -> str | None:
+    if not isinstance(w1, PreparedExperts):
+        return "the weights are as released, and were not prepared for it when they were loaded"
+    return needs_bf16(x)
+
+
 moe.add(
     Implementation(
         "triton",
         "dsv4_plugin.kernels.triton.moe:moe",
         packages=("triton",),
-        requires=needs_bf16,
+        requires=_needs_released,
+    )
+)
+moe.add(
+    Implementation(
+        "flydsl",
+        "dsv4_plugin.kernels.flydsl.moe:moe",
+        packages=("flydsl==0.4.2", "triton"),
+        archs=("gfx950",),
+        requires=_needs_prepared,
+        measured=False,
+        prepare="dsv4_plugin.kernels.flydsl.prepared:prepare",
+        weights=(3, 9),
     )
 )

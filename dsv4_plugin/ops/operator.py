@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import active, device, flags
+from .. import active, device, flags, measured
 from ..active import ANY
 from ..cache.step_plan import phase
 from ..flags import AUTO, REFERENCE
@@ -74,6 +74,19 @@ def enter_step(max_queries: int, static: bool = False) -> None:
     HERE.static = static or max_queries <= 1
 
 
+@contextlib.contextmanager
+def step_of_all(prefills: bool) -> Iterator[None]:
+    """Around what works on the rows of all attention replicas: where any of them `prefills`, it is
+    no decode step, whatever this process's own rows are."""
+    before = HERE.phase, HERE.static
+    if prefills:
+        HERE.phase, HERE.static = "prefill", False
+    try:
+        yield
+    finally:
+        HERE.phase, HERE.static = before
+
+
 _LAYER_KINDS = {-1: "model", 0: "window", 4: "c4", 128: "c128"}
 
 
@@ -119,29 +132,54 @@ class Implementation:
     name: str
     path: str
     packages: tuple[str, ...] = ()
+    """Distributions it needs; as "name==version" in that version alone."""
     archs: tuple[str, ...] = ()
     """Prefixes of architectures it runs on; empty for all that have its packages."""
     fp8: bool = False
     """Whether its kernels convert to or from FP8 e4m3, which not every GPU can."""
     requires: Requirement | None = None
+    measured: bool = True
+    """Whether it is known where it stands among the others. `auto` takes one of which it is not
+    known only where `dsv4 verify --time` has found out."""
+
+    prepare: str = ""
+    """What makes, of weights as released, those that it reads, as "module:function"."""
+    weights: tuple[int, int] = (0, 0)
+    """The arguments from one place to another that `prepare` takes and makes."""
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine whatever the arguments, or None."""
         for package in self.packages:
-            if device.package_version(package) is None:
-                return f"package {package} is not installed"
+            name, _, wanted = package.partition("==")
+            found = device.package_version(name)
+            if found is None:
+                return f"package {name} is not installed"
+            if wanted and found != wanted:
+                return f"package {name} is {found}, not {wanted} (pip install {package})"
         arch = device.arch()
-        if arch == device.CPU and not ("triton" in self.packages and device.interprets_triton()):
-            return "there is no GPU" + (
-                " (TRITON_INTERPRET=1 interprets it)" if "triton" in self.packages else ""
-            )
+        in_triton = self.packages == ("triton",)
+        if arch == device.CPU and not (in_triton and device.interprets_triton()):
+            return "there is no GPU" + (" (TRITON_INTERPRET=1 interprets it)" if in_triton else "")
         if self.archs and arch != device.CPU and not arch.startswith(self.archs):
             return f"{arch} is not one of {', '.join(self.archs)}"
         return device.lacks_fp8() if self.fp8 else None
 
     def load(self) -> Callable[..., Any]:
-        module, _, function = self.path.partition(":")
-        return getattr(importlib.import_module(module), function)
+        return _imported(self.path)
+
+    def with_prepared(self, arguments: tuple) -> tuple:
+        """Arguments of the operator with weights as this implementation reads them. Raises
+        ValueError where it cannot take them."""
+        if not self.prepare:
+            return arguments
+        begin, end = self.weights
+        made = _imported(self.prepare)(*arguments[begin:end])
+        return *arguments[:begin], *made, *arguments[end:]
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    module, _, function = path.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 @dataclass
@@ -179,6 +217,8 @@ class Operator:
         self._found: dict[tuple, Choice] = {}
         self._layers: frozenset[int] | None = None
         self._forced = flags.Setting(AUTO)
+        self._order: dict[str, list[str]] = {}
+        """Implementations whose times on this machine are known, by phase, the fastest first."""
         declared = typing.get_type_hints(reference)
         self._by_value = tuple(
             at
@@ -230,6 +270,7 @@ class Operator:
         Raises SelectionError when the implementation asked for cannot run on this machine.
         """
         self._layers, self._forced = flags.layers(self.name), flags.implementation(self.name)
+        self._order = measured.order(self.name)
         self.forget()
         reason = self._unable()
         if reason and self._forced.yields:
@@ -255,6 +296,23 @@ class Operator:
     def named(self) -> bool:
         """Whether an implementation was asked for by name, and must run."""
         return self._forced.value not in (AUTO, REFERENCE) and not self._forced.yields
+
+    def prepared(self, layer: int, *weights: Any) -> tuple[Any, ...] | None:
+        """`weights` of `layer` as the implementation that was asked for reads them; None where it
+        reads them as released, or where a profile asked and it cannot take them. Raises
+        SelectionError where one that was named cannot."""
+        wanted = self.implementations.get(self._forced.value)
+        inside = self._layers is None or layer in self._layers
+        if wanted is None or not wanted.prepare or not inside:
+            return None
+        try:
+            return _imported(wanted.prepare)(*weights)
+        except ValueError as error:
+            reason = f"{self._asked()} cannot run layer {layer}: {error}"
+            if not self._forced.yields:
+                raise SelectionError(reason) from error
+            self._say((wanted.name, str(error)), f"{reason}; auto decides")
+            return None
 
     def forget(self) -> None:
         """Drops all choices and what was counted."""
@@ -360,7 +418,8 @@ class Operator:
         wanted = self._forced.value if inside else REFERENCE
         rejected: dict[str, str] = {}
         fallback = False
-        for name, implementation in self.implementations.items():
+        for name in self._preferred():
+            implementation = self.implementations[name]
             if wanted not in (AUTO, name):
                 rejected[name] = (
                     self._asked()
@@ -388,6 +447,13 @@ class Operator:
             )
         return Choice(REFERENCE, self.reference, rejected, fallback)
 
+    def _preferred(self) -> list[str]:
+        """Names of the implementations, those first that `auto` tries first: measured here by their
+        times, then in the order in which they were added."""
+        order = self._order.get(HERE.phase, [])
+        known = [name for name in order if name in self.implementations]
+        return known + [name for name in self.implementations if name not in known]
+
     def _against(
         self, implementation: Implementation, wanted: str, x: Any, args: tuple, kwargs: dict
     ) -> tuple[str | None, bool]:
@@ -400,8 +466,13 @@ class Operator:
             reason = "interpreted kernels run only when named"
         elif reason is None and not x.is_cuda and device.arch() != device.CPU:
             reason = "the tensors are not on the GPU"
-        if reason is not None or implementation.requires is None:
-            return reason, reason is None
+        if reason is not None:
+            return reason, False
+        if wanted == AUTO and not implementation.measured:
+            if implementation.name not in self._order.get(HERE.phase, ()):
+                return "its speed is not known here; dsv4 verify --time measures it", False
+        if implementation.requires is None:
+            return None, True
         return implementation.requires(*args, **kwargs), True
 
     def __repr__(self) -> str:
@@ -456,6 +527,8 @@ def operator(reference: Callable[..., Any] | None = None, *, varying: tuple[int,
 def configure() -> None:
     """Reads the flags of every operator. Raises SelectionError for a forced implementation that
     cannot run here."""
+    if why := measured.read()[1]:
+        logger.warning("dsv4_plugin: %s", why)
     for each in OPERATORS.values():
         each.configure()
 

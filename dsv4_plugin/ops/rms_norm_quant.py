@@ -41,6 +41,14 @@ def _needs_bf16(x: Tensor, weight: Tensor, eps: float, keep: str) -> str | None:
     return f"{x.shape[1]} channels are no multiple of 128" if x.shape[1] % 128 else None
 
 
+def _needs_few_channels(x: Tensor, weight: Tensor, eps: float, keep: str) -> str | None:
+    if reason := _needs_bf16(x, weight, eps, keep):
+        return reason
+    if weight.dtype != torch.bfloat16:
+        return f"the weight is {weight.dtype}, not bfloat16"
+    return f"{x.shape[1]} channels are more than 8,192" if x.shape[1] > 8192 else None
+
+
 rms_norm_quant.add(
     Implementation(
         "triton",
@@ -48,5 +56,15 @@ rms_norm_quant.add(
         packages=("triton",),
         fp8=True,
         requires=_needs_bf16,
+    )
+)
+rms_norm_quant.add(
+    Implementation(
+        "aiter",
+        "dsv4_plugin.kernels.aiter.rms_norm_quant:rms_norm_quant",
+        packages=("amd-aiter",),
+        archs=("gfx950",),
+        requires=_needs_few_channels,
+        measured=False,
     )
 )

@@ -38,6 +38,15 @@ def _needs_fp8_rounding(
     return None if q.dtype == torch.bfloat16 else f"q is {q.dtype}, not bfloat16"
 
 
+def _needs_a_power_of_two(
+    q: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, rounding: str
+) -> str | None:
+    if reason := _needs_fp8_rounding(q, weights, cos, sin, rounding):
+        return reason
+    heads = q.shape[1]
+    return f"{heads} heads are no power of two" if heads & (heads - 1) else None
+
+
 rope_hadamard_quant.add(
     Implementation(
         "triton",
@@ -45,5 +54,15 @@ rope_hadamard_quant.add(
         packages=("triton",),
         fp8=True,
         requires=_needs_fp8_rounding,
+    )
+)
+rope_hadamard_quant.add(
+    Implementation(
+        "aiter",
+        "dsv4_plugin.kernels.aiter.rope_hadamard_quant:rope_hadamard_quant",
+        packages=("amd-aiter",),
+        archs=("gfx950",),
+        requires=_needs_a_power_of_two,
+        measured=False,
     )
 )

@@ -32,11 +32,28 @@ def _needs_side_by_side(logits: Tensor, group: Group = Group()) -> str | None:
     return None if logits.stride(-1) == 1 else "the logits of a row do not lie side by side"
 
 
+def _needs_sixteens(logits: Tensor, group: Group = Group()) -> str | None:
+    if reason := _needs_side_by_side(logits, group):
+        return reason
+    share = logits.shape[1]
+    return f"a row of {share} logits is no multiple of 16" if share % 16 else None
+
+
 sample_greedy.add(
     Implementation(
         "triton",
         "dsv4_plugin.kernels.triton.sample_greedy:sample_greedy",
         packages=("triton",),
         requires=_needs_side_by_side,
+    )
+)
+sample_greedy.add(
+    Implementation(
+        "aiter",
+        "dsv4_plugin.kernels.aiter.sample_greedy:sample_greedy",
+        packages=("amd-aiter",),
+        archs=("gfx942", "gfx950"),
+        requires=_needs_sixteens,
+        measured=False,
     )
 )

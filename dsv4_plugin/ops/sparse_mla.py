@@ -153,7 +153,7 @@ def _needs_packed_bf16(
     return None if q.dtype == torch.bfloat16 else f"q is {q.dtype}, not bfloat16"
 
 
-def _needs_gluon(
+def _needs_a_window(
     q: Tensor,
     window_cache: SlotStore,
     window: Tensor,
@@ -168,10 +168,28 @@ def _needs_gluon(
         q, window_cache, window, compressed_cache, compressed, sink, softmax_scale, cos, sin
     ):
         return reason
+    return None if window.shape[1] else "a window of no columns"
+
+
+def _needs_gluon(
+    q: Tensor,
+    window_cache: SlotStore,
+    window: Tensor,
+    compressed_cache: SlotStore | None,
+    compressed: Tensor | None,
+    sink: Tensor,
+    softmax_scale: float,
+    cos: Tensor,
+    sin: Tensor,
+) -> str | None:
+    if reason := _needs_a_window(
+        q, window_cache, window, compressed_cache, compressed, sink, softmax_scale, cos, sin
+    ):
+        return reason
     for cache in (window_cache, compressed_cache):
         if cache is not None and cache.slots_per_page & (cache.slots_per_page - 1):
             return f"pages of {cache.slots_per_page} slots, which is no power of two"
-    return None if window.shape[1] else "a window of no columns"
+    return None
 
 
 sparse_mla.add(
@@ -188,5 +206,25 @@ sparse_mla.add(
         "dsv4_plugin.kernels.triton.sparse_mla:sparse_mla",
         packages=("triton",),
         requires=_needs_packed_bf16,
+    )
+)
+sparse_mla.add(
+    Implementation(
+        "aiter",
+        "dsv4_plugin.kernels.aiter.sparse_mla:sparse_mla",
+        packages=("amd-aiter",),
+        archs=("gfx950",),
+        requires=_needs_a_window,
+        measured=False,
+    )
+)
+sparse_mla.add(
+    Implementation(
+        "tilelang",
+        "dsv4_plugin.kernels.tilelang.sparse_mla:sparse_mla",
+        packages=("tilelang==0.1.12",),
+        archs=("gfx950", "sm_90"),  # gfx942 has other FP8 codes, and nothing of it was executed
+        requires=_needs_a_window,
+        measured=False,
     )
 )

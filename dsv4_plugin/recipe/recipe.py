@@ -71,6 +71,12 @@ class Recipe:
             return "; ".join(dict.fromkeys(arm.not_served for arm in marked))
         return "; ".join(f"arm {arm.name}: {arm.not_served}" for arm in marked)
 
+    @property
+    def group(self) -> tuple[Arm, ...]:
+        """The arms that run together as one disaggregated server; none where arms are
+        alternatives."""
+        return tuple(arm for arm in self.arms if arm.role != "server")
+
     def arm(self, name: str | None) -> Arm:
         """The arm of that name, or the only one. Raises RecipeError naming the arms."""
         names = [arm.name for arm in self.arms]

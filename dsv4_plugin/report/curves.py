@@ -96,6 +96,8 @@ class PublishedTable:
     no figure"""
     iso_gains: dict[float, float]
     headline: dict[str, float]
+    unprinted: str = ""
+    """Which points the article must have used for `iso_cells` beyond those it prints."""
     quoted: dict[str, Any] = field(default_factory=dict)
 
 
@@ -134,6 +136,7 @@ def load_published(path: Path = PUBLISHED / "mi355x-sglang-2026-05.yaml") -> Pub
         },
         iso_gains=iso["gain_05_02_to_05_21"],
         headline=document["headline"],
+        unprinted=document["unprinted"],
         quoted=document["quoted"],
     )
 

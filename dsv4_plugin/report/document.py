@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .comparison import (
+    AGREEMENT,
     CostRow,
     Disagreement,
     Headline,
@@ -320,10 +321,7 @@ def _agreement(published: PublishedTable, found: Sequence[Disagreement]) -> Sect
     cells = sum(cell is not None for row in published.iso_cells.values() for cell in row.values())
     text = (
         f"{cells - len(found)} of the article's {cells} cells follow from its printed points within"
-        " 1 %. The others need points that it used and did not print: concurrency 2 lies between"
-        " the last two printed points of three dates, and one more point at concurrency 16 (the"
-        " other of the two layouts measured there) explains every cell around it on 2026-05-04 and"
-        " 2026-05-10."
+        f" {AGREEMENT:.0%}. {published.unprinted}"
     )
     return Section(
         "Cells where the article used points it did not print",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config import Geometry
-from ..parallel import Group, Parallel, ParallelError
+from ..parallel import ParallelError, layout
 
 
 class LayoutError(ValueError):
@@ -16,8 +16,8 @@ class LayoutError(ValueError):
 @dataclass(frozen=True)
 class Layout:
     """How `gpus` ranks share the model: attention is data-parallel over `dp` groups and
-    tensor-parallel inside one; the experts are split over all ranks, by intermediate size or, with
-    `ep` equal to `gpus`, by expert. Embedding and head are split over all ranks."""
+    tensor-parallel inside one; the experts are split over all ranks, by intermediate size or over
+    `ep` groups by expert. Embedding and head are split over all ranks."""
 
     gpus: int
     dp: int = 1
@@ -36,6 +36,12 @@ class Layout:
             "shared": self.gpus,
             "vocab": self.gpus,
         }
+
+    @property
+    def held(self) -> dict[str, int]:
+        """The same as this package serves it: each attention group holds its own shared expert,
+        embedding and head (docs/parallelism.md)."""
+        return {**self.shares, "shared": self.attention_tp, "vocab": self.attention_tp}
 
     @property
     def name(self) -> str:
@@ -68,14 +74,11 @@ class Layout:
             raise LayoutError(
                 f"layout {self.name}: {self.dp} attention groups do not divide {self.gpus} GPUs"
             )
-        if self.ep not in (1, self.gpus):
+        if self.gpus % self.ep:
             raise LayoutError(
-                f"layout {self.name}: ep is {self.ep}; experts are split by index over all"
-                f" {self.gpus} GPUs or not at all"
+                f"layout {self.name}: {self.ep} expert groups do not divide {self.gpus} GPUs"
             )
-        attention, gpus = Group(size=self.attention_tp), Group(size=self.gpus)
-        expert = Group(size=self.ep), Group(size=self.gpus // self.ep)
         try:
-            Parallel(attention, *expert, gpus, gpus).check(geometry)
+            layout(self.gpus, self.ep, self.dp).check(geometry)
         except ParallelError as error:
             raise LayoutError(f"layout {self.name}: {error}") from None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from ..cache.layout import (
     INDEX_PAGE_ENTRIES,
     PAGE_TOKENS,
+    WINDOW_SHARE,
     entries_per_page,
     index_page_bytes,
     latent_page_bytes,
@@ -20,8 +21,6 @@ from ..config import Geometry
 from .layout import Layout, LayoutError
 from .weights import holdings
 
-WINDOW_SHARE = 0.1
-"""Window slots for each token slot of the pool: SGLang's swa_full_tokens_ratio for this model."""
 MEMORY_FRACTION = 0.9
 """Share of the memory for weights and pool: --mem-fraction-static where the user gives none."""
 CHUNK = 8192
@@ -30,8 +29,10 @@ RUNNING_REQUESTS = 256
 """Requests that decode at once: SGLang's default for this model."""
 RUNTIME_BYTES = 2e9
 """ASSUMPTION, not measured here: the device's context, code objects and collectives' buffers."""
-SCORE_BYTES = 2 << 30
-"""The indexer scores in blocks of rows that stay below this (ops/indexer_logits.py)."""
+SCORE_BYTES = 1 << 30
+"""The indexer scores in blocks of rows that stay below this (model/attention.py)."""
+SPLIT_ROWS, SPLIT_CHUNKS = 256, 8
+"""A product of so few rows hands over sums of so many parts (kernels/triton/product.py)."""
 
 GROUPS = {
     "routed experts": ("routed_experts",),
@@ -134,16 +135,16 @@ def memory_plan(
     fraction: float = MEMORY_FRACTION,
     draft: bool = False,
     dense: int | None = None,
-    speculative: bool = False,
     most_tokens: int | None = None,
 ) -> MemoryPlan:
     """The plan of one device with `memory` bytes under `layout`.
 
     `context` is the longest request (the model's maximum when None), `chunk` the tokens of a
-    prefill step; `draft` loads the draft blocks too. `dense` is the element size in bytes when
-    matrices are decoded at loading, as on a CPU; None keeps them packed. `speculative` doubles the
-    rings of the compressors (docs/model.md §4), `most_tokens` bounds the cache. Raises LayoutError
-    when the layout does not fit the geometry.
+    prefill step and `requests` those of a decode step, of one replica of the attention. With
+    `draft` the draft blocks are loaded too, their windows are cached, the rings of the compressors
+    are doubled (docs/model.md §4) and a step verifies drafts. `dense` is the element size in bytes
+    when matrices are decoded at loading, as on a CPU; None keeps them packed. `most_tokens` bounds
+    the cache. Raises LayoutError when the layout does not fit the geometry.
     """
     layout.check(geometry)
     return MemoryPlan(
@@ -151,10 +152,11 @@ def memory_plan(
         memory,
         fraction,
         _weights(geometry, layout, draft, dense),
-        _token_bytes(geometry, speculative),
-        _request_bytes(geometry, speculative),
+        _token_bytes(geometry, draft),
+        _request_bytes(geometry, draft),
         requests,
-        _workspace(geometry, layout, chunk, context or geometry.max_position_embeddings, requests),
+        _workspace(geometry, layout, chunk, context or geometry.max_position_embeddings, requests)
+        | _drafting(geometry, layout, requests, draft),
         most_tokens,
     )
 
@@ -205,19 +207,21 @@ def _weights(
             continue
         group = DRAFT if holding.mtp else names[holding.component]
         size = holding.bytes if dense is None else holding.decoded(dense)
-        share = layout.shares.get(holding.group, 1)
+        share = layout.held.get(holding.group, 1)
         weights[group] = weights.get(group, 0.0) + size / share
     return weights
 
 
-def _token_bytes(geometry: Geometry, speculative: bool) -> float:
-    """Bytes that a token slot adds to SGLang's pool (pool_configurator.py, layout v4)."""
+def _token_bytes(geometry: Geometry, draft: bool) -> float:
+    """Bytes that a token slot adds to SGLang's pool (pool_configurator.py, layout v4); a draft has
+    a pool of windows of its own, under the same slots."""
     ratios = geometry.compress_ratios[: geometry.num_hidden_layers]
     four, long = ratios.count(4), ratios.count(128)
-    ring = 16 if speculative else 8
+    ring = 16 if draft else 8
     # A row of the ratio-4 ring is fp32 [k | score], each twice as wide as a head.
     state = ring / PAGE_TOKENS * 4 * 4 * (geometry.head_dim + geometry.index_head_dim) * four
-    window = len(ratios) * latent_page_bytes(PAGE_TOKENS) / PAGE_TOKENS + state
+    windows = len(ratios) + (geometry.num_layers - geometry.num_hidden_layers if draft else 0)
+    window = windows * latent_page_bytes(PAGE_TOKENS) / PAGE_TOKENS + state
     entries = {
         ratio: latent_page_bytes(entries_per_page(ratio)) / PAGE_TOKENS for ratio in (4, 128)
     }
@@ -225,9 +229,9 @@ def _token_bytes(geometry: Geometry, speculative: bool) -> float:
     return WINDOW_SHARE * window + four * (entries[4] + index) + long * entries[128]
 
 
-def _request_bytes(geometry: Geometry, speculative: bool) -> float:
+def _request_bytes(geometry: Geometry, draft: bool) -> float:
     """The ratio-128 rings of one request: rows of fp32 [k | score]."""
-    ring = 256 if speculative else 128
+    ring = 256 if draft else 128
     long = geometry.compress_ratios[: geometry.num_hidden_layers].count(128)
     return long * ring * 2 * geometry.head_dim * 4
 
@@ -235,19 +239,50 @@ def _request_bytes(geometry: Geometry, speculative: bool) -> float:
 def _workspace(
     geometry: Geometry, layout: Layout, rows: int, context: int, requests: int
 ) -> dict[str, float]:
-    """Tensors of a step of `rows` tokens that live at the same time, the largest sub-layer's."""
-    d, streams = geometry.hidden_size, geometry.hc_mult
-    heads = geometry.num_attention_heads // layout.attention_tp
-    choices = rows * geometry.num_experts_per_tok
+    """Tensors of a step of `rows` tokens that live at the same time. A test holds them against what
+    the launchers allocate (tests/compile/test_workspace.py)."""
+    d, streams = geometry.hidden_size, rows * geometry.hc_mult * geometry.hidden_size * 2
     intermediate = geometry.moe_intermediate_size // (layout.gpus // layout.ep)
-    attention = 2 * rows * heads * geometry.head_dim * 2
-    scores = min(rows * -(-context // 4) * 4, SCORE_BYTES) if 4 in geometry.compress_ratios else 0
-    # Gate and up leave stage 1 as FP8 of one intermediate; stage 2 leaves a row for each choice.
-    experts = choices * (intermediate * 2 + d * 2)
+    # Stage 1 takes x in FP8 once more and leaves FP8; stage 2 leaves a row for each choice, bf16,
+    # beside their sums in fp32. 96 bytes: a choice's routing, and its places among its expert's.
+    together = rows * layout.dp  # experts work on the rows of all replicas of the attention
+    choices = together * geometry.num_experts_per_tok
+    experts = choices * (intermediate + d * 2 + 96) + together * d * (1 + 4)
+    if layout.dp > 1:
+        experts += together * 2 * (d * 2 + geometry.num_experts_per_tok * 8)  # gathered, and cut
+    mixing = streams + rows * d * 2  # of the sub-layer before
     return {
-        "residual streams, twice": 2 * rows * streams * d * 2,
-        "normed rows and their sums": rows * d * (2 + 1 + 4),
-        "the larger of attention with scores, and experts": max(attention + scores, experts),
-        "logits": requests * geometry.vocab_size / layout.gpus * 4,
+        "residual streams": streams,
+        "normed rows, bf16 and FP8": rows * d * (2 + 1),
+        "the largest of mixing, attention and experts": max(
+            mixing, _attention_workspace(geometry, layout, rows, context), experts
+        ),
+        "logits": requests * geometry.vocab_size / layout.attention_tp * 4,
         "runtime (assumed)": RUNTIME_BYTES,
     }
+
+
+def _drafting(geometry: Geometry, layout: Layout, requests: int, draft: bool) -> dict[str, float]:
+    """Logits of the rows that a step verifies, in the place of one a request, and those that a
+    DSpark draft picked from, which are of the whole vocabulary everywhere."""
+    if not draft:
+        return {}
+    drafted = geometry.dspark.block_size if geometry.dspark else 1
+    row = requests * geometry.vocab_size * 4
+    logits = {"logits": (drafted + 1) * row / layout.attention_tp}
+    return logits | ({"logits of the draft": drafted * row} if geometry.dspark else {})
+
+
+def _attention_workspace(geometry: Geometry, layout: Layout, rows: int, context: int) -> float:
+    """Of a layer of ratio 4, the largest: projections, then the scores of a block of rows with the
+    candidates of their selection, or the output of attention."""
+    heads = geometry.num_attention_heads // layout.attention_tp * geometry.head_dim
+    index = geometry.index_n_heads * geometry.index_head_dim
+    low_rank = geometry.q_lora_rank + geometry.head_dim
+    compressed = 4 * (geometry.head_dim + geometry.index_head_dim) + geometry.index_n_heads
+    projected = rows * (2 * low_rank + 2 * (heads + index) + 4 * compressed)
+    queries = rows * (2 * heads + index)
+    slots = rows * geometry.index_topk * 4
+    scores = min(rows * -(-context // 4) * 4, SCORE_BYTES) if 4 in geometry.compress_ratios else 0
+    split = min(rows, SPLIT_ROWS) * SPLIT_CHUNKS * low_rank * 4
+    return projected + queries + 2 * slots + max(scores * 9 / 8, rows * 2 * heads) + split

@@ -214,6 +214,11 @@ def _step(
     index_dtype: str,
 ) -> Step:
     layout.check(geometry)
+    if layout.ep not in (1, layout.gpus):
+        raise LayoutError(
+            f"layout {layout.name}: ep is {layout.ep}; a step's time is known for experts that are"
+            f" split by index over all {layout.gpus} GPUs or not at all"
+        )
     if tokens < 1 or context < 1:
         raise LayoutError(
             f"a step needs at least one token and one token of context, not {tokens:g} and"

@@ -18,6 +18,7 @@ from ..cache import (
     index_page_bytes,
     latent_page_bytes,
 )
+from ..cache.step_plan import phase
 from ..cache.stores import SlotStore
 from ..checkpoint.released import load_geometry
 from ..config import Geometry
@@ -509,6 +510,7 @@ class Case:
 
     operator: str
     label: str
+    phase: str
     arguments: Callable[[], tuple]
 
 
@@ -520,4 +522,5 @@ def cases(operator: str, size: Size, device: torch.device, seed: int) -> Iterato
         def make(index=index):
             return list(MAKERS[operator](Data(size, device, seed)))[index][1]()
 
-        yield Case(operator, f"{size.name} {label}, {size.rows} rows", make)
+        kind = phase(max(size.new, default=0))
+        yield Case(operator, f"{size.name} {label}, {size.rows} rows", kind, make)

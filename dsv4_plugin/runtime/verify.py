@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from .. import flags
+from .. import flags, measured
 from ..checkpoint.load import load_checkpoint
 from ..checkpoint.tiny import tiny_config, write_tiny
 from ..config import Geometry, Precision
@@ -42,6 +42,8 @@ class Result:
     seconds: float | None = None
     reference_seconds: float | None = None
     note: str = ""
+    phase: str = ""
+    """Of a graph's replay, whose seconds are the kernels' alone."""
 
     @property
     def passed(self) -> bool:
@@ -70,7 +72,7 @@ def verify_operators(
             if reason:
                 yield Skipped(name, implementation.name, reason)
                 continue
-            yield from _verify_implementation(OPERATORS[name], implementation, device, quick, seed)
+            yield from verify_implementation(OPERATORS[name], implementation, device, quick, seed)
 
 
 def verify_references(names: list[str], device: torch.device, seed: int) -> Iterator[Result]:
@@ -96,9 +98,10 @@ def verify_references(names: list[str], device: torch.device, seed: int) -> Iter
                 yield Result(name, REFERENCE, label, worst, allowed, note=wrong)
 
 
-def _verify_implementation(
+def verify_implementation(
     operator: Operator, implementation: Implementation, device: torch.device, quick: bool, seed: int
 ) -> Iterator[Result | Skipped]:
+    """Checks one that can run on `device`, with fresh data of `seed`."""
     for model in MODELS[:1] if quick else MODELS:
         for size in sizes(model, device, quick):
             for case in cases(operator.name, size, device, seed):
@@ -108,7 +111,14 @@ def _verify_implementation(
 def _verify_case(
     operator: Operator, implementation: Implementation, case: Case, device: torch.device
 ) -> Iterator[Result | Skipped]:
-    arguments = case.arguments()
+    try:
+        arguments = implementation.with_prepared(case.arguments())
+    except ValueError as unfit:
+        yield Skipped(operator.name, implementation.name, f"{case.label}: {unfit}")
+        return
+    if implementation.prepare:
+        released = case
+        case = replace(case, arguments=lambda: implementation.with_prepared(released.arguments()))
     if implementation.requires and (reason := implementation.requires(*arguments)):
         yield Skipped(operator.name, implementation.name, f"{case.label}: {reason}")
         return
@@ -158,7 +168,7 @@ def _seconds(run: Callable, arguments: tuple, device: torch.device) -> float:
 
 
 def _replayed(operator: Operator, run: Callable, case: Case, name: str) -> Result:
-    """A graph's replay against the eager call: the same bits."""
+    """A graph's replay against the eager call: the same bits. Its seconds are of one replay."""
     eager, captured = case.arguments(), case.arguments()
     want = outcome(operator, run(*eager), bound(operator, eager, {}))
     graph = torch.cuda.CUDAGraph()
@@ -174,7 +184,43 @@ def _replayed(operator: Operator, run: Callable, case: Case, name: str) -> Resul
         f"{case.label}, graph replay",
         0.0 if same else float("inf"),
         Tolerance(0.0, "a replay runs the same kernels on the same data: equal bits"),
+        _replay_seconds(graph),
+        phase=case.phase,
     )
+
+
+def _replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
+    """Best of some runs of ten replays in a row, of each."""
+    times = []
+    for _ in range(10):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(10):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e4)  # milliseconds of ten
+    return min(times)
+
+
+def implementation_seconds(results: Iterable[Result | Skipped]) -> measured.Seconds:
+    """Seconds by operator, phase and implementation, added up over the calls that all
+    implementations of the operator took; none of an implementation that was wrong anywhere."""
+    checks = [result for result in results if isinstance(result, Result)]
+    wrong = {(each.subject, each.implementation) for each in checks if not each.passed}
+    found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for each in checks:
+        if each.phase and each.seconds and (each.subject, each.implementation) not in wrong:
+            cases = found.setdefault((each.subject, each.phase), {})
+            cases.setdefault(each.implementation, {})[each.case] = each.seconds
+    seconds: measured.Seconds = {}
+    for (operator, phase), implementations in found.items():
+        common = set.intersection(*(set(times) for times in implementations.values()))
+        if common:
+            seconds.setdefault(operator, {})[phase] = {
+                name: sum(times[case] for case in common) for name, times in implementations.items()
+            }
+    return seconds
 
 
 # more than 128 + 256 would add nothing; unaligned to windows of 4 and 128 and to a page of 256

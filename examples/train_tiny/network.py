@@ -74,6 +74,8 @@ class Lesson:
     previous_attention: list[Tensor] = field(default_factory=list)
     """[B, T - 1] probability that head 0 of each window layer gives the token before, from the
     second token on."""
+    rows: None = None
+    """Of attention replicas (`model.step.Step`): there are none."""
 
     @property
     def length(self) -> int:

@@ -3,13 +3,13 @@
     python examples/train_tiny/train_draft.py CHECKPOINT OUT [--minutes M]
 
 Reads the trained CHECKPOINT and writes OUT, the same model with a DSpark draft in the place of its
-MTP block, in the released format; OUT/training_log.jsonl tells how it went. A step takes a little
-over a second of one idle core; 170 of them, all that was run so far, leave a draft that does not
-look at its context yet.
+MTP block, in the released format; OUT/training_log.jsonl tells how it went. A step takes about two
+seconds of one core; some 780 of them made checkpoints/tiny-dspark.
 
-The backbone reads text without gradients; from random anchors in it the draft proposes a block, and
-its laws are drawn to the backbone's (docs/model.md §3.8). The losses follow §3.3 of DeepSeek's
-DSpark report, with the cross-entropy against the backbone's law in the place of the text's.
+The backbone reads text without gradients, half of it written by itself, since that is what a draft
+must foresee; from random anchors in it the draft proposes a block, and its laws are drawn to the
+backbone's (docs/model.md §3.8). The losses follow §3.3 of DeepSeek's DSpark report, with the
+cross-entropy against the backbone's law in the place of the text's.
 """
 
 from __future__ import annotations
@@ -46,13 +46,19 @@ from dsv4_plugin.ops import grouped_output
 from dsv4_plugin.ops.block_fp8_linear import linear_fp32
 from dsv4_plugin.ops.rms_norm_quant import rms_norm
 from dsv4_plugin.ops.rope import apply_rope, rotation
+from dsv4_plugin.runtime import Engine
 
 WINDOW = 128
-STAGES, BLOCK, RANK = 2, 5, 32
+STAGES, BLOCK, RANK = 1, 5, 64
 BATCH, LENGTH, ANCHORS = 2, 512, 96
 GAPS = (3, 6, 12, 24, 48)
 MATRIX_RATE, VECTOR_RATE = 0.02, 0.004
 LOG_STEPS = 10
+OWN, RENEW = 64, 1000
+"""Documents that the backbone wrote itself, and after how many steps it writes others."""
+PRIOR = 5.0
+"""Times that a token counts as followed by any, before the text is looked at."""
+TEMPERATURES = (0.0, 0.5, 0.8, 1.0)
 SOFT_WEIGHT, DISTANCE_WEIGHT, CONFIDENCE_WEIGHT = 0.5, 0.9, 1.0
 """Of cross-entropy with the backbone's law, of the distance of the two laws, of the confidence."""
 
@@ -60,12 +66,15 @@ SOFT_WEIGHT, DISTANCE_WEIGHT, CONFIDENCE_WEIGHT = 0.5, 0.9, 1.0
 def with_draft(config: dict) -> dict:
     """The config.json of the checkpoint with a DSpark draft that reads all of its three layers."""
     layers = config["num_hidden_layers"]
+    taps = list(range(layers))
     return config | {
         "compress_ratios": [*config["compress_ratios"][:layers], *[0] * STAGES],
         "dspark_block_size": BLOCK,
         "dspark_noise_token_id": config["vocab_size"] - 1,
-        "dspark_target_layer_ids": list(range(layers)),
+        "dspark_target_layer_ids": taps,
         "dspark_markov_rank": RANK,
+        # SGLang looks here first, and without it guesses layers, which it cannot among three.
+        "dflash_config": {"target_layer_ids": taps},
     }
 
 
@@ -83,6 +92,8 @@ class Anchored:
     """(cos, sin) [B·T, 32]"""
     rotation: tuple[Tensor, Tensor]
     """(cos, sin) [N·γ, 32]"""
+    rows: None = None
+    """Of attention replicas (`model.step.Step`): there are none."""
 
 
 class AnchoredAttention(Attention):
@@ -110,11 +121,29 @@ class AnchoredAttention(Attention):
         return self.wo_b(grouped_output(o, self.wo_a.weight, None, self.groups))
 
 
-def build(checkpoint: Path, config: dict) -> DeepseekV4:
-    """The checkpoint's backbone, frozen, and a draft to train, whose stages start as its MTP
-    block."""
-    older = DeepseekV4(Geometry.from_dir(checkpoint), Precision.EXACT)
-    load_checkpoint(older, checkpoint)
+def older_model(checkpoint: Path) -> DeepseekV4:
+    """The model of the checkpoint as it is."""
+    model = DeepseekV4(Geometry.from_dir(checkpoint), Precision.EXACT)
+    load_checkpoint(model, checkpoint)
+    return model
+
+
+def pairs(tokens: list[int], vocab: int) -> tuple[Tensor, Tensor]:
+    """(markov_w1, markov_w2) fp32 [vocab, RANK] of a text: the low-rank matrix nearest to the
+    logarithm of how much likelier a token is after another than anywhere."""
+    ids = torch.tensor(tokens)
+    seen = torch.bincount(ids[:-1] * vocab + ids[1:], minlength=vocab**2).view(vocab, vocab)
+    often, share = seen.sum(1, keepdim=True), (seen.sum(0) + 1.0) / (seen.sum() + vocab)
+    gain = ((seen + PRIOR * share) / (often + PRIOR) / share).log()
+    rows, columns = (often + 1.0).sqrt(), share.sqrt()
+    u, s, v = torch.svd_lowrank(rows * gain * columns, RANK, niter=4)
+    return u * s.sqrt() / rows, v * s.sqrt() / columns.unsqueeze(1)
+
+
+def build(older: DeepseekV4, config: dict, tokens: list[int]) -> DeepseekV4:
+    """The backbone of `older`, frozen, and a draft to train, whose stages start as its MTP block
+    and whose low-rank head as the pairs of `tokens`."""
+    first, second = pairs(tokens, config["vocab_size"])
     model = DeepseekV4(Geometry.from_config(with_draft(config)), Precision.EXACT)
     known = older.state_dict()
     for name, parameter in model.named_parameters():
@@ -125,8 +154,10 @@ def build(checkpoint: Path, config: dict) -> DeepseekV4:
             parameter.data.copy_(known[start])
         elif "norm" in name:
             parameter.data.fill_(1.0)
-        else:  # the confidence starts at one half, markov_w2 at no opinion
-            gain = 0.0 if "markov_w2" in name or "confidence" in name else 1.0
+        elif "markov" in name:
+            parameter.data.copy_(first if "markov_w1" in name else second)
+        else:  # the confidence starts at one half
+            gain = 0.0 if "confidence" in name else 1.0
             parameter.data.normal_().mul_(gain * parameter.shape[-1] ** -0.5)
         drafting = name.startswith("mtp.") and not name.endswith("gate.bias")
         parameter.requires_grad_(drafting and parameter.is_floating_point())
@@ -144,6 +175,31 @@ def learn_from_blocks(model: DeepseekV4) -> None:
         layer.attn.__class__ = BlockAttention
     for stage in model.mtp:
         stage.attn.__class__ = AnchoredAttention
+
+
+@torch.inference_mode()
+def written(model: DeepseekV4, lessons: Lessons, rng: random.Random) -> Tensor:
+    """Documents int64 [OWN, LENGTH] that begin as lessons and that `model` continues, greedily or
+    at a temperature."""
+    engine = Engine(model, max_tokens=OWN * LENGTH, max_requests=OWN)
+    documents = [
+        lessons.batch(rng, 1, rng.randrange(64, 193), GAPS).tokens[0].tolist() for _ in range(OWN)
+    ]
+    sequences = [engine.open() for _ in documents]
+    heat = torch.tensor(TEMPERATURES).clamp_min(1e-3).repeat(OWN // len(TEMPERATURES)).unsqueeze(-1)
+    chance = torch.Generator().manual_seed(rng.randrange(2**31))
+    streams = [
+        engine.forward([(sequence, tokens)])[-1:] for sequence, tokens in zip(sequences, documents)
+    ]
+    logits = engine.logits(torch.cat(streams))
+    while True:
+        drawn = torch.multinomial((logits / heat).softmax(-1), 1, generator=chance)
+        for tokens, (token,) in zip(documents, drawn.tolist()):
+            tokens.append(token)
+        going = [(s, tokens[-1:]) for s, tokens in zip(sequences, documents)]
+        if min(map(len, documents)) >= LENGTH:
+            return torch.tensor([tokens[:LENGTH] for tokens in documents])
+        logits = engine.logits(engine.forward(going))
 
 
 @torch.no_grad()
@@ -211,6 +267,7 @@ def losses(model: DeepseekV4, tokens: Tensor, rng: random.Random) -> dict[str, T
     confidence = F.binary_cross_entropy_with_logits(sure, accepted, reduction="none")
     total = SOFT_WEIGHT * soft + DISTANCE_WEIGHT * distance + CONFIDENCE_WEIGHT * confidence
     agree = (log_q.argmax(-1) == p.argmax(-1)).float().cumprod(1)
+    own = row >= tokens.shape[0] // 2
     return {
         "loss": (total * weight).sum(1).mean(),
         "soft": soft.mean(),
@@ -218,6 +275,7 @@ def losses(model: DeepseekV4, tokens: Tensor, rng: random.Random) -> dict[str, T
         "confidence": confidence.mean(),
         "agree_first": agree[:, 0].mean(),
         "accepted": agree.sum(1).mean(),
+        "accepted_own": agree.sum(1)[own].mean(),
     }
 
 
@@ -236,7 +294,14 @@ def optimizers(model: DeepseekV4) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train(model: DeepseekV4, lessons: Lessons, minutes: float, steps: int, log: Path) -> None:
+def train(
+    model: DeepseekV4,
+    older: DeepseekV4,
+    lessons: Lessons,
+    minutes: float,
+    steps: int,
+    log: Path,
+) -> None:
     """Runs until either is over; the rate falls to nothing along whichever ends first."""
     moving, start, gathered = optimizers(model), time.monotonic(), []
     for step in range(steps):
@@ -244,7 +309,11 @@ def train(model: DeepseekV4, lessons: Lessons, minutes: float, steps: int, log: 
         if part >= 1:
             break
         rng = random.Random(f"draft {step}")
-        found = losses(model, lessons.batch(rng, BATCH, LENGTH, GAPS).tokens, rng)
+        if step % RENEW == 0:
+            own = written(older, lessons, rng)
+        half = BATCH // 2
+        text = lessons.batch(rng, BATCH - half, LENGTH, GAPS).tokens
+        found = losses(model, torch.cat((text, own[rng.sample(range(OWN), half)])), rng)
         for optimizer in moving:
             optimizer.zero_grad(set_to_none=True)
         found["loss"].backward()
@@ -287,12 +356,13 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     config = json.loads((arguments.checkpoint / "config.json").read_text())
-    model = build(arguments.checkpoint, config)
+    older = older_model(arguments.checkpoint)
     text, _ = corpus()
     lessons = Lessons(Tokenizer.from_file(str(arguments.checkpoint / "tokenizer.json")), text)
+    model = build(older, config, lessons.text)
     log = arguments.out.with_name(arguments.out.name + ".log")
     log.write_text("")
-    train(model, lessons, arguments.minutes, arguments.steps, log)
+    train(model, older, lessons, arguments.minutes, arguments.steps, log)
 
     def tokenizer(directory: Path) -> None:
         for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -47,18 +47,36 @@ def matrix_macs(body: list[str]) -> int:
     return sum(matrix_instruction(name).macs * count for name, count in matrix_counts(body).items())
 
 
+def _reached(lines: list[tuple[str | None, str]], at: dict[str, int], start: int) -> set[int]:
+    """The lines that can follow line `start`; `at` has the lines of labels."""
+    found, ahead = set(), [start]
+    while ahead:
+        i = ahead.pop()
+        if i in found or i >= len(lines):
+            continue
+        found.add(i)
+        _, text = lines[i]
+        name, branch = text.split()[0] if text else "", _BRANCH.match(text)
+        if branch and branch[1] in at:
+            ahead.append(at[branch[1]])
+        if name not in ("s_branch", "s_endpgm"):
+            ahead.append(i + 1)
+    return found
+
+
 def hot_loop(assembly: str) -> list[str] | None:
     """Instructions of the innermost loop with the most matrix work, or the longest innermost loop;
     None without loops.
 
-    A loop is what lies between a label and the last branch back to it.
+    A loop is what lies between a label and the last branch back to it that the label leads to. (A
+    block that runs once, laid out of line, jumps back as well: nothing leads from there to it.)
     """
     lines = _code(assembly)
     at = {label: i for i, (label, _) in enumerate(lines) if label}
     spans: dict[int, int] = {}
     for i, (_, text) in enumerate(lines):
         branch = _BRANCH.match(text)
-        if branch and at.get(branch[1], i) < i:
+        if branch and at.get(branch[1], i) < i and i in _reached(lines, at, at[branch[1]]):
             spans[at[branch[1]]] = i
     bodies = {
         span: [text for label, text in lines[span[0] : span[1] + 1] if label is None]

@@ -92,7 +92,7 @@ def our_attention() -> Iterator[tuple[tuple, list[str]]]:
     for name, tokens, heads, entries, *_ in _shapes():
         row, slots = rows[f"gluon/{name} | gfx950 | _attend"], WINDOW + entries
         issued = floors.sparse_mla_issued(
-            tokens, heads, slots, row["config"]["BLOCK_H"], row["config"]["SPLITS"]
+            tokens, heads, slots, row["config"]["BLOCK_H"], row["grid"][2]
         )
         yield (
             (heads, name.split("/")[0], tokens),

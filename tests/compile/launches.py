@@ -21,27 +21,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from dsv4_plugin import device
-from dsv4_plugin.cache import (
-    Caches,
-    PackedIndexCache,
-    PackedLatentCache,
-    entries_per_page,
-    index_page_bytes,
-    latent_page_bytes,
-)
 from dsv4_plugin.cache.step_plan import RING_ROWS, Compression, StepPlan, static_windows
 from dsv4_plugin.checkpoint.released import load_geometry
-from dsv4_plugin.config import Geometry, Precision
+from dsv4_plugin.config import Precision
 from dsv4_plugin.model import DeepseekV4
 from dsv4_plugin.model.agreement import Agreement
 from dsv4_plugin.model.feed_forward import FeedForward
 from dsv4_plugin.model.step import Step, rotations
 from dsv4_plugin.ops import operator as selection
 from dsv4_plugin.parallel import Group, Parallel
+from dsv4_plugin.runtime.precompile import Load, caches
 
 RATIOS = (128, 4, 128)
 """Compress ratios of the counted model's layers: between two layers hyper-connections are fused."""
 COUNTED = (1, 2)
+POOL = Load(requests=64, context=4096)
+"""Whose caches stay below 2 GiB: past it a kernel addresses them otherwise."""
 SUMS = "sums of experts"
 """Of a row: torch operations between the operators of experts."""
 AGREEMENT = "agreement of ranks"
@@ -142,25 +137,6 @@ def _plan(requests: int, context: int) -> StepPlan:
     )
 
 
-def _caches(counted: Geometry) -> Caches:
-    caches = Caches()
-
-    def latents(ratio: int) -> PackedLatentCache:
-        slots = entries_per_page(ratio)
-        pages = torch.empty(64, latent_page_bytes(slots), dtype=torch.uint8, device="meta")
-        return PackedLatentCache(pages, slots)
-
-    for layer, ratio in enumerate(RATIOS):
-        caches.window[layer], caches.compressed[layer] = latents(0), latents(ratio)
-        width = 2 * 512 * (2 if ratio == 4 else 1)
-        caches.ring[layer] = torch.empty(64 * RING_ROWS[ratio], width, device="meta")
-        if ratio == 4:
-            pages = torch.empty(64, index_page_bytes(), dtype=torch.uint8, device="meta")
-            caches.index[layer] = PackedIndexCache(pages)
-            caches.index_ring[layer] = torch.empty(64 * 8, 512, device="meta")
-    return caches
-
-
 def small_model() -> DeepseekV4:
     """A rank of Pro on eight, with a layer for each of RATIOS, on the meta device."""
     full = load_geometry("pro")
@@ -181,12 +157,16 @@ def advance(model: DeepseekV4, plan: StepPlan, begin: Callable[[], None] = lambd
     tokens, geometry = plan.position.shape[0], model.geometry
     frequencies = {ratio: getattr(model, f"frequencies_{ratio}") for ratio in set(RATIOS)}
     step = Step(
-        _numbers(tokens), plan, _caches(geometry), rotations(plan, frequencies), plan.visible(4)
+        _numbers(tokens),
+        plan,
+        caches(geometry, POOL),
+        rotations(plan, frequencies),
+        plan.visible(4),
     )
-    state = torch.empty(tokens, 4, geometry.hidden_size, dtype=torch.bfloat16, device="meta")
     begin()
+    states = [torch.empty(tokens, 4, geometry.hidden_size, dtype=torch.bfloat16, device="meta")]
     for layer in model.layers:
-        state = layer.advance(state, step)
+        states.append(layer.advance(states.pop(), step))
 
 
 def table(requests: int = 8, context: int = 32768) -> dict[int, Counter]:

@@ -16,16 +16,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
-import torch
 from chips import Chip
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from dsv4_plugin import device
+from dsv4_plugin.runtime.precompile import Driver
 
 
 class CompilerError(AssertionError):
@@ -72,27 +71,6 @@ class Launch:
     """CPU time of this process to compile it; near 0 for one that was compiled before."""
 
 
-class _Driver:
-    """What Triton asks of a driver before it compiles. Every chip has a device number of its own,
-    the key of Triton's in-memory cache."""
-
-    def __init__(self, chip: Chip):
-        self._chip = chip
-        self.utils = SimpleNamespace(unload_module=lambda module: None)
-
-    def get_current_target(self):
-        return self._chip.target
-
-    def get_current_device(self) -> str:
-        return self._chip.arch
-
-    def get_current_stream(self, device: Any = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-
 @contextmanager
 def pretend(chip: Chip) -> Iterator[list[Launch]]:
     """Within it this process believes in `chip`; yields the list that its launches are appended
@@ -124,7 +102,7 @@ def pretend(chip: Chip) -> Iterator[list[Launch]]:
     # A kernel from the cache on disk would not be compiled, and LLVM's errors not seen.
     cache = knobs.cache.dir
     knobs.cache.dir = _fresh_cache()
-    driver.set_active(_Driver(chip))
+    driver.set_active(Driver(chip.arch, chip.target))
     JITFunction.run, device.arch = compile_only, lambda: chip.arch
     try:
         yield launches

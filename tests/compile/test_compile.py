@@ -52,6 +52,14 @@ def test_matrix_instructions(operator: str, case: Case, arch: str):
             )
 
 
+@pytest.mark.parametrize(("operator", "case", "arch"), EVERY)
+def test_no_product_is_repeated(operator: str, case: Case, arch: str):
+    """The waves of a workgroup share the products of a tile out; none multiplies what another does.
+    Counts of instructions: exact."""
+    for kernel, row in table.rows(operator, case.name, arch).items():
+        assert row.get("mac_redundancy", 1.0) == 1.0, kernel
+
+
 @pytest.mark.parametrize(
     ("operator", "case", "arch"), [each for each in EVERY if each.values[2] == "gfx950"]
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from assembly import nvidia_occupancy
+from assembly import hot_loop, nvidia_occupancy
 from chips import CHIPS, unpriced_cycles
 from memory import (
     amd_bytes_in_flight,
@@ -87,6 +87,19 @@ def test_asynchronous_copies_end_with_their_group():
     copy = "LDGSTS.E.BYPASS.128 [R3], desc[UR4][R4.64]"
     wait = "DEPBAR.LE SB0, 0x1"
     assert sass_bytes_in_flight([copy, "LDGDEPBAR", wait]) == 2 * 16 * 32
+
+
+def test_a_block_laid_out_of_line_is_no_loop():
+    """What is left of a drained pipeline stands behind the kernel's end and jumps back into it."""
+    once = "v_mfma_f32_16x16x16_bf16 v[0:3], v[4:5], v[6:7], v[0:3]"
+    loop = [once, "s_cbranch_scc1 .LBB0_1"]
+    listing = [
+        *(".LBB0_1:", *loop, "s_cbranch_scc0 .LBB0_3"),
+        *(".LBB0_2:", once, "s_endpgm"),
+        *(".LBB0_3:", once, once, "s_branch .LBB0_2"),
+        ".Lfunc_end0:",
+    ]
+    assert hot_loop("\n".join(listing)) == loop
 
 
 def test_occupancy_of_an_sm():

@@ -14,43 +14,23 @@ from collections.abc import Iterator
 from unittest import mock
 
 import launches
-import torch
 from chips import CHIPS
 from pretend import pretend
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction, compute_cache_key
+from triton.runtime.jit import JITFunction
 
-from dsv4_plugin.kernels.triton.step_plan import build_step_plan
+from dsv4_plugin.runtime.precompile import Load, step_plan, variant_key
 
 
 def life() -> Iterator[tuple[int, int, int]]:
     """(rows, requests, longest context) of each step."""
     yield 8192, 1, 8192
-    yield from ((1, 1, 8192 + written) for written in (1, 7, 128, 500, 1024))
+    yield 1, 1, 1 << 20  # a decode plan is made for the longest context there is
     for requests in (1, 2, 3, 5, 8, 13, 16, 21, 32, 48, 63, 64):
         yield 1024 + requests, 1 + requests, 9216
-        yield requests, requests, 9216 + requests
+        yield requests, requests, 1 << 20
     yield from ((17, 1, 17), (777, 1, 777), (2048, 3, 1000), (5001, 4, 3001), (8192, 16, 9000))
     for context in (300, 4096, 32768, 65536 + 300, 131072, 262145, 1 << 20):
-        yield from ((1, 1, context), (8, 8, context), (2048, 1, context))
-
-
-def _step_plan(rows: int, requests: int, context: int):
-    def numbers(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    return build_step_plan(
-        numbers(rows),
-        numbers(rows),
-        numbers(rows),
-        numbers(requests),
-        numbers(requests),
-        numbers(4096, (1 << 20) + 4, dtype=torch.int32),
-        numbers(requests),
-        numbers(1 << 24),
-        -(-rows // requests),
-        context,
-    )
+        yield 2048, 1, context
 
 
 def variants() -> Counter[str]:
@@ -58,12 +38,8 @@ def variants() -> Counter[str]:
     found: dict[str, set[str]] = {}
 
     def key_alone(self, *args, grid, warmup, **kwargs):
-        kwargs["debug"] = kwargs.get("debug", self.debug)
-        kwargs["instrumentation_mode"] = ""
-        _, keys, _, _, binder = self.device_caches[driver.active.get_current_device()]
-        _, specialization, options = binder(*args, **kwargs)
         name = f"{self.__module__.rsplit('.', 1)[1]}.{self.__name__}"
-        found.setdefault(name, set()).add(compute_cache_key(keys, specialization, options))
+        found.setdefault(name, set()).add(variant_key(self, args, kwargs))
 
     with (
         pretend(CHIPS["gfx950"]),
@@ -72,7 +48,7 @@ def variants() -> Counter[str]:
     ):
         model = launches.small_model()
         for rows, requests, context in life():
-            launches.advance(model, _step_plan(rows, requests, context))
+            launches.advance(model, step_plan(rows, requests, context, Load()))
     return Counter({name: len(keys) for name, keys in found.items()})
 
 

@@ -18,10 +18,10 @@ from dsv4_plugin.accuracy import gate
 from dsv4_plugin.accuracy.eval_set import (
     QUICK,
     WORST,
-    Amount,
-    Asked,
+    Document,
+    EvalSize,
     Measured,
-    Share,
+    Proportion,
     _recalled,
     accepted_length,
     build_eval_set,
@@ -36,7 +36,7 @@ from dsv4_plugin.runtime.speculate import DSparkDraft, Sampling, Speculation
 
 from .faults import FAULTS, changed
 
-SMALL = Amount(((64, 1, 2), (300, 1, 3)), windows=2, window=128)
+SMALL = EvalSize(((64, 1, 2), (300, 1, 3)), windows=2, window=128)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ class TestShare:
 
         want = binomtest(hits, count).proportion_ci(0.95, method="wilson")
         # Both are double precision.
-        assert Share(hits, count).interval == pytest.approx((want.low, want.high), abs=1e-12)
+        assert Proportion(hits, count).interval == pytest.approx((want.low, want.high), abs=1e-12)
 
 
 class TestEvalSet:
@@ -165,7 +165,7 @@ class TestEvalSet:
 
     def test_too_little_text(self, random_dir):
         with pytest.raises(EvalError, match="1000 windows of 128 need more"):
-            build_eval_set(random_dir, 0, Amount(((64, 1, 1),), windows=1000, window=128))
+            build_eval_set(random_dir, 0, EvalSize(((64, 1, 1),), windows=1000, window=128))
 
 
 class TestMeasure:
@@ -204,8 +204,8 @@ class TestMeasure:
         at, thing = asked.things[0]
         said = engine.generate([asked.ids[:at]], len(thing))[0]
         ids = asked.ids[:at] + said
-        assert _recalled(engine, Asked(ids, ((at, tuple(said)),)))[0] == 1
-        assert _recalled(engine, Asked(ids, ((at, (*said[:-1], said[-1] ^ 1)),)))[0] == 0
+        assert _recalled(engine, Document(ids, ((at, tuple(said)),)))[0] == 1
+        assert _recalled(engine, Document(ids, ((at, (*said[:-1], said[-1] ^ 1)),)))[0] == 0
 
 
 def test_logits_that_are_no_numbers_have_the_worst_loss(engine, eval_set):
@@ -220,9 +220,9 @@ EVEN = torch.zeros(256, 4).log_softmax(-1)
 
 def answers(recall: dict[int, tuple[int, int]], loss=(2.0, 2.1, 1.9), accepted=90) -> Measured:
     return Measured(
-        {distance: Share(*share) for distance, share in recall.items()},
+        {distance: Proportion(*share) for distance, share in recall.items()},
         Score("unseen text", "nats per token", dict(zip("abc", loss))),
-        Share(accepted, 100),
+        Proportion(accepted, 100),
         (EVEN,),
         {distance: EVEN[:count] for distance, (_, count) in recall.items()},
     )

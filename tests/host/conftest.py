@@ -12,6 +12,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
+def schedulers():
+    """A process that has imported the host once and forks a scheduler for each job."""
+    from one_scheduler import Schedulers
+
+    running = Schedulers()
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="session")
 def golden_sequences(golden):
     """(token ids, positions, log-softmax of the exact logits at them) of each golden sequence."""
     import torch

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -184,3 +186,33 @@ def wait_until_ready(server: Server, process: subprocess.Popen) -> None:
         f"the server {'ended' if process.poll() is not None else 'did not become ready'}; "
         f"the end of its log:\n{server.log.read_text()[-4000:]}"
     )
+
+
+def ask_many(server: Server, questions: list[list[int]], expected: list[list[int]]) -> None:
+    """64 at once over 16 `questions`; 20 are given up. Nothing wrong is sent, and the host's own
+    account of slots, which ends an idle scheduler that lost one, stays even."""
+    replies: dict[int, list[int]] = {}
+    new_tokens = len(expected[0])
+
+    def ask(number: int) -> None:
+        sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        body = {"input_ids": questions[number % 16], "rid": f"stream-{number:02}"}
+        body |= {"return_logprob": True, "sampling_params": sampling}
+        replies[number] = output_ids(server.request("/generate", body, timeout=600))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(64)]
+    for thread in threads:
+        thread.start()
+    given_up = random.Random(1).sample(range(64), 20)
+    for number in given_up:
+        time.sleep(0.1)
+        server.request("/abort_request", {"rid": f"stream-{number:02}"})
+    for thread in threads:
+        thread.join()
+    for number, found in replies.items():
+        wanted = expected[number % 16]
+        assert found == (wanted[: len(found)] if number in given_up else wanted), number
+    assert len(replies) == 64
+    time.sleep(2)  # the account is checked when nothing runs
+    server.flush()
+    assert output_ids(server.generate(questions[0], new_tokens, -1)) == expected[0]

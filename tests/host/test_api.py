@@ -361,6 +361,9 @@ def test_a_profile_is_recorded_on_a_cpu(server, tmp_path):
 
     assert post("/start_profile", activities=["GPU"]).status_code == 400
     assert post("/start_profile", output_dir=str(tmp_path)).status_code == 200
+    for _ in range(3):
+        second = post("/start_profile", output_dir=str(tmp_path))
+        assert second.status_code == 400 and "is being recorded" in second.text
     _continuation(server.url)
     assert post("/stop_profile").status_code == 200
     traces = list(tmp_path.glob("*.trace.json*"))

@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import functools
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from one_scheduler import Schedulers
 from tape import Forbidden, Tape
 
 from dsv4_plugin.checkpoint.load import load_checkpoint
 from dsv4_plugin.config import Geometry, Precision
 from dsv4_plugin.model import DeepseekV4
+from dsv4_plugin.ops import build_step_plan
 from dsv4_plugin.runtime import Engine
 
 TRAINED = Path(__file__).parents[2] / "checkpoints" / "tiny"
@@ -121,6 +122,50 @@ def test_a_plan_that_is_not_refreshed_shows(model):
     assert not torch.equal(got, first)
 
 
+def operations(model, prompts) -> dict[str, int]:
+    """Of a captured step after `prompts`, by part of the model; views, which launch nothing, are
+    left out."""
+    engine = Engine(model, max_tokens=2048, max_requests=4)
+    sequences = [engine.open() for _ in prompts]
+    for sequence, prompt in zip(sequences, prompts):
+        engine.forward([(sequence, prompt[:-1])])
+    plan = engine.plan([(sequence, 1) for sequence in sequences], static=True)
+    fed = torch.tensor([prompt[-1] for prompt in prompts])
+    tape, begun_at, counted = Tape(), {}, {}
+
+    def work(begin: int = 0) -> int:
+        return sum(not operation.is_view for operation, *_ in tape.calls[begin:])
+
+    def begin(part, _):
+        begun_at[part] = len(tape.calls)
+
+    def end(part, *_):
+        counted[names[part]] = work(begun_at[part])
+
+    names = {layer.attn: f"attention, ratio {layer.ratio}" for layer in model.layers}
+    names |= {layer.ffn: f"experts, layer {layer.layer}" for layer in model.layers}
+    hooks = [part.register_forward_pre_hook(begin) for part in names]
+    hooks += [part.register_forward_hook(end) for part in names]
+    with tape:
+        engine.logits(model(fed, plan, engine.caches))
+    for hook in hooks:
+        hook.remove()
+    return counted | {"the rest": work() - sum(counted.values())}
+
+
+@torch.inference_mode()
+def test_operations_of_the_parts_of_a_captured_step(model):
+    """As many for any number of rows and any length; docs/host.md has them in `serving`."""
+    one = operations(model, PROMPTS[-1:])
+    assert operations(model, PROMPTS) == one
+    # A loop over experts, rows or entries in one of them, a second pass in all would not fit.
+    assert one["attention, ratio 0"] < 100
+    assert one["attention, ratio 128"] < 200
+    assert one["attention, ratio 4"] < 350
+    assert all(one[f"experts, layer {layer}"] < 64 for layer in range(3))
+    assert one["the rest"] < 700
+
+
 @torch.inference_mode()
 def test_a_prefill_cannot_be_captured(model):
     engine = Engine(model, max_tokens=1024, max_requests=1)
@@ -130,14 +175,91 @@ def test_a_prefill_cannot_be_captured(model):
         model(torch.tensor(PROMPTS[1]), plan, engine.caches)
 
 
-# -- the host's scheduler and its graph runner
+VERIFIED = 6
+"""Rows of a request that a step verifies: the anchor and five drafts."""
 
 
 @pytest.fixture(scope="module")
-def schedulers():
-    running = Schedulers()
-    yield running
-    running.close()
+def drafting(dspark_dir):
+    """An engine whose model has a DSpark draft, and sequences of the prompts' lengths."""
+    model = DeepseekV4(Geometry.from_dir(dspark_dir), Precision.EXACT)
+    load_checkpoint(model, dspark_dir)
+    engine = Engine(model, max_tokens=2048, max_requests=4, verify_rows=VERIFIED)
+    sequences = [engine.open() for _ in LENGTHS]
+    engine.forward([(s, [*range(2, 2 + n)]) for s, n in zip(sequences, LENGTHS)])
+    engine.reserve(sequences, 4 * VERIFIED)
+    return engine, sequences
+
+
+def verification(engine, sequences, out=None):
+    """The static plan of a step that verifies, as the backend plans it for any length."""
+    prefix = engine.ids([sequence.length for sequence in sequences])
+    row = engine.ids([sequence.row for sequence in sequences])
+    request = torch.arange(len(sequences)).repeat_interleave(VERIFIED)
+    position = (prefix.unsqueeze(1) + torch.arange(VERIFIED)).flatten()
+    return build_step_plan(
+        position,
+        request,
+        engine._slots[row[request], position],
+        prefix,
+        prefix + VERIFIED,
+        engine._slots,
+        row,
+        engine._full_to_window,
+        VERIFIED,
+        1024,
+        rings=engine.rings,
+        static_rows=True,
+        may_shrink=True,
+        out=out,
+    )
+
+
+@torch.inference_mode()
+def test_a_verified_step_and_what_it_leaves_the_draft_can_be_captured(drafting):
+    engine, sequences = drafting
+    model, ids = engine.model, torch.arange(20, 20 + VERIFIED * len(sequences))
+    plan = verification(engine, sequences)
+
+    def step(plan):
+        taps = []
+        logits = model.logits(model.collapse(model(ids, plan, engine.caches, taps)))
+        model.mtp.write_context(
+            torch.cat(taps, -1), plan.position, plan.window_write, engine.caches
+        )
+        return logits
+
+    with Tape() as tape:
+        captured = step(plan)
+    for sequence in sequences:  # some drafts stay, and the next step writes over the others
+        sequence.length += 3
+    assert verification(engine, sequences, out=plan) is plan
+    tape.replay()
+    assert torch.equal(captured, step(verification(engine, sequences)))
+
+
+@torch.inference_mode()
+def test_a_pass_of_the_draft_can_be_captured(drafting):
+    engine, sequences = drafting
+    stages = engine.model.mtp
+    ids = stages.block(torch.tensor([5, 6, 7]))
+    plan = replace(engine.draft_plan(sequences, stages.block_size), static=True)
+
+    def drafted(plan):
+        return stages(ids, engine.model.embedded(ids), plan, engine.caches)
+
+    with Tape() as tape:
+        captured = drafted(plan)
+    for sequence in sequences:
+        sequence.length -= 2
+    now = engine.draft_plan(sequences, stages.block_size)
+    for mine, theirs in zip(now.tensors(), plan.tensors(), strict=True):
+        theirs.copy_(mine)
+    tape.replay()
+    assert torch.equal(captured, drafted(replace(now, static=True)))
+
+
+# -- the host's scheduler and its graph runner
 
 
 ARGUMENTS = (

@@ -57,7 +57,7 @@ def test_another_plugin_that_holds_the_model_is_named(tmp_path):
     """A real plugin, found by its entry point like ours, that keeps the model for itself."""
     (tmp_path / "thief.py").write_text(
         "class Model: pass\nclass Kept(dict):\n    def update(self, other): super().update({k: v"
-        " for k, v in other.items() if not k.startswith('DeepseekV4')})\ndef register():\n    from"
+        " for k, v in other.items() if k != 'DeepseekV4ForCausalLM'})\ndef register():\n    from"
         " sglang.srt.models.registry import ModelRegistry\n    ModelRegistry.models ="
         " Kept(ModelRegistry.models, DeepseekV4ForCausalLM=Model)\n"
     )

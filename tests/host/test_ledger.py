@@ -78,11 +78,27 @@ def ledger():
 
 def test_every_record_is_complete(ledger):
     from dsv4_plugin.host.control import CONTROL_SEAMS
+    from dsv4_plugin.host.draft_slots import SLOT_SEAMS
+    from dsv4_plugin.host.dspark_worker import ACCEPT_SEAMS
+    from dsv4_plugin.host.host_memory import CPU_MEMORY_SEAMS
+    from dsv4_plugin.host.http_errors import HTTP_SEAMS
+    from dsv4_plugin.host.lost_worker import LOST_WORKER
+    from dsv4_plugin.host.mtp_worker import CHAIN_SEAMS
     from dsv4_plugin.host.requests import REQUEST_SEAMS
     from dsv4_plugin.host.sampler import SAMPLER
-    from dsv4_plugin.host.seams import CPU_SEAMS, SEAMS
+    from dsv4_plugin.host.seams import CPU_DSPARK, CPU_PINNED, CPU_POOL, SEAMS
 
-    for seam in (*SEAMS, *CPU_SEAMS, *REQUEST_SEAMS, *CONTROL_SEAMS, SAMPLER):
+    cpu = (
+        CPU_POOL,
+        CPU_PINNED,
+        CPU_DSPARK,
+        *SLOT_SEAMS,
+        *ACCEPT_SEAMS,
+        *CHAIN_SEAMS,
+        *CPU_MEMORY_SEAMS,
+    )
+    entry = (*REQUEST_SEAMS, *CONTROL_SEAMS, LOST_WORKER, *HTTP_SEAMS)
+    for seam in (*SEAMS, *cpu, *entry, SAMPLER):
         assert seam.why and seam.remove and seam.versions
         assert seam.target.startswith("sglang.")
         assert (ROOT / seam.test).is_file(), seam.target

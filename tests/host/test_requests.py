@@ -8,7 +8,12 @@ import pickle
 from types import SimpleNamespace
 
 import pytest
-from sglang.srt.managers.io_struct import GenerateReqInput, ProfileReq, SlowDownReqInput
+from sglang.srt.managers.io_struct import (
+    EmbeddingReqInput,
+    GenerateReqInput,
+    ProfileReq,
+    SlowDownReqInput,
+)
 from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -34,6 +39,7 @@ def manager(monkeypatch):
     made.tokenizer = SimpleNamespace(
         additional_stop_token_ids=None, encode=lambda text, **others: [5] * len(text)
     )
+    made.server_args = SimpleNamespace(speculative_algorithm=None)
     made.preferred_sampling_params = None
     made.sampling_params_class = SamplingParams
     made.model_config = SimpleNamespace(
@@ -144,12 +150,40 @@ def test_what_ends_a_scheduler_is_refused_with_a_sentence(manager, fields, sente
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("min_p", 0.1),
+        ("frequency_penalty", 0.5),
+        ("presence_penalty", -1.0),
+        ("repetition_penalty", 1.2),
+        ("min_new_tokens", 2),
+    ],
+)
+def test_what_the_host_applies_once_a_step_is_refused_under_a_draft(manager, name, value):
+    passed(manager, **sampling(**{name: value}))
+    manager.server_args.speculative_algorithm = "DSPARK"
+    passed(manager, **sampling(temperature=0.5, top_p=0.9, logit_bias={"5": 1.0}))
+    with pytest.raises(ValueError, match=f"{name}={value} cannot be served with a draft"):
+        passed(manager, **sampling(**{name: value}))
+
+
 def test_text_must_be_text():
     for text in ("a\ud800", ["a", "\udc00"]):
         with pytest.raises(ValueError, match="half of a pair"):
             requests.normalize(GenerateReqInput(text=text))
     with pytest.raises(ValueError, match="holds no prompt"):
         requests.normalize(GenerateReqInput(text=[]))
+
+
+@pytest.mark.parametrize("rid", [[], [[]], 5, {"a": 1}, [5], ["a"]])
+def test_a_name_that_is_no_text_is_refused(rid):
+    with pytest.raises(ValueError, match="rid"):
+        requests.normalize(GenerateReqInput(text="x", rid=rid))
+    with pytest.raises(ValueError, match="rid"):
+        requests.normalize_embedding(EmbeddingReqInput(text="x", rid=rid))
+    with pytest.raises(ValueError, match="rid|do not fit one another"):
+        requests.normalize(GenerateReqInput(text=["x", "y"], rid=rid))
 
 
 def test_other_models_in_this_process_keep_the_hosts_checks(manager, monkeypatch):
@@ -196,9 +230,11 @@ def test_tokenizer_workers_take_the_seams_through_the_record_they_get(golden_dir
     from sglang.srt.server_args import ServerArgs
 
     monkeypatch.setattr(ledger, "_TAKEN", [])
+    owners = {each.__name__: each for each in (GenerateReqInput, EmbeddingReqInput)}
+    owners[TokenizerManager.__name__] = TokenizerManager
     for seam in (*requests.REQUEST_SEAMS, *control.CONTROL_SEAMS):
-        owner = GenerateReqInput if "GenerateReqInput" in seam.target else TokenizerManager
-        name = seam.target.rpartition(".")[2]
+        path, _, name = seam.target.rpartition(".")
+        owner = owners[path.rpartition(".")[2]]
         monkeypatch.setattr(owner, name, getattr(owner, name))
     record = ServerArgs(model_path=str(golden_dir), device="cpu")
     requests.check_requests(record)

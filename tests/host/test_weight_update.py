@@ -39,6 +39,7 @@ def updater(golden_dir, golden_geometry, monkeypatch):
     nn.Module.__init__(wrapper)
     wrapper.model = DeepseekV4(golden_geometry, Precision.EXACT)
     load_checkpoint(wrapper.model, golden_dir)
+    wrapper.cached_layers = range(golden_geometry.num_hidden_layers)
     served = []
     return SimpleNamespace(
         model=wrapper.model,

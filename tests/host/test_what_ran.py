@@ -87,6 +87,9 @@ def test_file_and_metrics_agree(server):
         for phase in ("prefill", "decode"):
             assert calls(series, operator, phase) == calls(report, operator, phase) > 0
     assert series["facts"]["compiled after ready"] == 0
+    parts = report["facts"]["start-up, seconds"]
+    assert list(parts)[0] == "import" and "weights" in parts and len(parts) == 7
+    assert all(seconds >= 0 for seconds in parts.values()) and sum(parts.values()) > 1
     shown = subprocess.run(
         [DSV4, "active", "--file", server.report], capture_output=True, text=True, timeout=120
     ).stdout

@@ -19,21 +19,23 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "benchmarks")]
 
 import kernel_cases
+import tilelang_launches
 import torch
 
 from dsv4_plugin import device
 from dsv4_plugin.ops.operator import OPERATORS, Implementation
 from dsv4_plugin.runtime import compare
 from dsv4_plugin.runtime.cases import MODELS, cases, sizes
+from gfx950.banks import BankConflicts
 from gfx950.hazards import check_waits
 from gfx950.machine import Options
 from gfx950.races import Alignment, GlobalRaces, LocalRaces
 from gfx950.triton_driver import Executed, executing
 from gfx950.wait_states import check_wait_states
 
-LANGUAGES = ("triton", "gluon")
-"""Implementations that are kernels, by name."""
-WATCHED = Options(watches=(LocalRaces, GlobalRaces, Alignment))
+LANGUAGES = ("triton", "gluon", *(() if tilelang_launches.missing() else ("tilelang",)))
+"""Implementations that are kernels and can be compiled here, by name."""
+WATCHED = Options(watches=(LocalRaces, GlobalRaces, Alignment, BankConflicts))
 _CPU = torch.device("cpu")
 
 
@@ -69,6 +71,12 @@ class Execution:
         """What the watches of all launches found."""
         return [found for each in self.launches for found in each.told.findings]
 
+    @property
+    def bank_conflicts(self) -> list[BankConflicts]:
+        """Of each launch that was watched for them."""
+        watches = (watch for each in self.launches for watch in each.told.watches)
+        return [watch for watch in watches if isinstance(watch, BankConflicts)]
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -83,6 +91,11 @@ class Outcome:
     matrix: tuple[str, ...] = ()
     """Mnemonics of matrix instructions."""
     hazards: tuple[str, ...] = ()
+    lds_accesses: int = 0
+    """As in banks.BankConflicts, like the three below."""
+    lds_bytes: int = 0
+    lds_phases: int = 0
+    lds_conflicts: int = 0
 
 
 def kernels() -> list[tuple[str, Implementation]]:
@@ -132,7 +145,10 @@ def chip(arch: str, options: Options | None = None, run: bool = True) -> Iterato
     before = device.arch
     device.arch = lambda: arch
     try:
-        with executing(arch, options, run) as launches:
+        with (
+            executing(arch, options, run) as launches,
+            tilelang_launches.executing(arch, options, run, launches),
+        ):
             yield launches
     finally:
         device.arch = before
@@ -182,6 +198,7 @@ def outcome(case: Case, options: Options) -> Outcome:
         hazards += check_waits(program) + check_wait_states(program)
         names = {i.name for i in program.instructions.values()}
         matrix |= {name for name in names if name.startswith("v_mfma")}
+    lds = found.bank_conflicts
     return Outcome(
         error=found.error,
         limit=found.limit,
@@ -189,6 +206,10 @@ def outcome(case: Case, options: Options) -> Outcome:
         instructions=sum(each.told.instructions for each in found.launches),
         matrix=tuple(sorted(matrix)),
         hazards=tuple(dict.fromkeys(map(str, hazards))),
+        lds_accesses=sum(each.accesses for each in lds),
+        lds_bytes=sum(each.bytes for each in lds),
+        lds_phases=sum(each.phases for each in lds),
+        lds_conflicts=sum(each.conflicts for each in lds),
     )
 
 
@@ -200,7 +221,8 @@ def _sources() -> bytes:
     """Digest of everything but the kernels that an outcome depends on."""
     digest = hashlib.sha256()
     for pattern in (
-        *("gfx950/*.py", "tests/isa/executions.py", "benchmarks/kernel_cases.py"),
+        *("gfx950/*.py", "tests/isa/executions.py", "tests/isa/tilelang_launches.py"),
+        "benchmarks/kernel_cases.py",
         *("dsv4_plugin/*.py", "dsv4_plugin/ops/*.py", "dsv4_plugin/runtime/*.py"),
         "dsv4_plugin/cache/*.py",
     ):
@@ -224,8 +246,9 @@ def key(case: Case, options: Options) -> str | None:
 
 
 def table(outcomes: dict[Case, Outcome]) -> list[list[str]]:
-    """Rows operator × language: calls, launches, instructions, matrix instructions, the largest
-    error of what is allowed, hazards."""
+    """Rows operator × language: calls, launches, instructions, matrix instructions, bytes of an LDS
+    access of a wave, its conflicts as a share of the phases, the largest error of what is allowed,
+    hazards."""
     rows = []
     for operator, implementation in kernels():
         mine = [
@@ -237,6 +260,10 @@ def table(outcomes: dict[Case, Outcome]) -> list[list[str]]:
         worst = max(mine, key=lambda each: each.error / (each.limit or 1.0))
         matrix = {name.removeprefix("v_mfma_f32_") for each in mine for name in each.matrix}
         matrix = {name.replace("v_mfma_scale_f32_", "scaled ") for name in matrix}
+        accesses, octets, phases, more = (
+            sum(getattr(each, f"lds_{name}") for each in mine)
+            for name in ("accesses", "bytes", "phases", "conflicts")
+        )
         cells = (
             f"`{operator}`",
             implementation.name,
@@ -244,6 +271,8 @@ def table(outcomes: dict[Case, Outcome]) -> list[list[str]]:
             sum(each.launches for each in mine),
             f"{sum(each.instructions for each in mine):,}",
             ", ".join(sorted(matrix)) or "–",
+            f"{octets / accesses:.0f}" if accesses else "–",
+            f"{more:,} ({more / phases:.0%})" if accesses else "–",
             f"{worst.error:.1e} of {worst.limit:.0e}" if worst.error else "equal",
             sum(len(each.hazards) for each in mine),
         )
@@ -251,7 +280,10 @@ def table(outcomes: dict[Case, Outcome]) -> list[list[str]]:
     return rows
 
 
-HEADER = "operator language calls launches instructions products error hazards".split()
+HEADER = [
+    *"operator language calls launches instructions products".split(),
+    *("bytes an LDS access", "LDS conflicts", "error", "hazards"),
+]
 MARKER = "<!-- executed on a CPU -->"
 DOCUMENT = _ROOT / "docs" / "kernels.md"
 

@@ -95,6 +95,7 @@ def test_the_table_is_as_executed(outcome):
     if triton.__version__ != "3.8.0":
         pytest.skip(f"the table is of Triton 3.8.0, this is {triton.__version__}")
     error = executions.HEADER.index("error")
-    now, kept = executions.table({c: outcome(c) for c in CASES}), executions.documented()
+    now = executions.table({c: outcome(c) for c in CASES})
+    kept = [row for row in executions.documented() if row[1] in executions.LANGUAGES]
     without = [[[*row[:error], *row[error + 1 :]] for row in rows] for rows in (now, kept)]
     assert without[0] == without[1], "renew it: python tests/isa/executions.py"

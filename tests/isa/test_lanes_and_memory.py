@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from assembled import LANES
 
+from gfx950.machine import Unknown
 from gfx950.waves import Fault, Memory
 
 LANE = np.arange(LANES)
@@ -241,15 +242,28 @@ def test_two_at_once():
     assert (words[64:128] == w.vector[4, 0]).all() and (words[128:192] == w.vector[5, 0]).all()
 
 
-def test_transposed_reads():
-    """16 lanes read 4 rows of 16 numbers, 8 bytes a lane, and each gets a column."""
+@pytest.mark.parametrize("bits", [16, 8])
+def test_transposed_reads(bits: int):
+    """16 lanes read a block of rows of 16 numbers, 8 bytes a lane in memory's order, and each gets
+    a column: element j of lane n is number n of row j. Other lanes have blocks of their own."""
     w = assembled.waves()
-    w.vector[1, 0] = LANE * 8
-    rows = w.shared.lds[:512].view(np.uint16).reshape(4, 4, 16).copy()  # group, row, column
-    assembled.run("ds_read_b64_tr_b16 v[4:5], v1", w)
+    groups = [1024, 0, 2048, 256]  # where the blocks of lanes 0 to 15, 16 to 31, ... begin
+    w.vector[1, 0] = [groups[lane // 16] + lane % 16 * 8 for lane in range(LANES)]
+    before = w.shared.lds.tobytes()
+    assembled.run(f"ds_read_b64_tr_b{bits} v[4:5], v1 offset:512", w)
+    size = bits // 8
     for lane in range(LANES):
-        got = w.vector[4:6, 0, lane].copy().view(np.uint16)
-        assert (got == rows[lane // 16, :, lane % 16]).all(), lane
+        got = w.vector[4:6, 0, lane].tobytes()
+        for j in range(64 // bits):
+            at = groups[lane // 16] + 512 + (16 * j + lane % 16) * size
+            assert got[j * size : (j + 1) * size] == before[at : at + size], (lane, j)
+
+
+@pytest.mark.parametrize("text", ["ds_read_b64_tr_b4 v[4:5], v1", "ds_read_b96_tr_b6 v[4:6], v1"])
+def test_transposed_reads_that_are_missing(text: str):
+    """They are named, not taken for plain reads."""
+    with pytest.raises(Unknown, match=text.split()[0]):
+        assembled.run(text, assembled.waves())
 
 
 def test_buffers_end():

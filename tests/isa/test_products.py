@@ -46,7 +46,11 @@ PRODUCTS = {
     "f32": (torch.float32, (64, 64, 32), 4, False, {}, "v_mfma_f32_32x32x2_f32"),
     "fp8": (torch.float8_e4m3fn, (128, 128, 128), 4, False, {}, "v_mfma_f32_32x32x64_f8f6f4"),
     "fp8-transposed": (
-        torch.float8_e4m3fn, (128, 128, 128), 4, True, {}, "v_mfma_f32_32x32x64_f8f6f4",
+        torch.float8_e4m3fn, (128, 128, 128), 4, True, {}, "ds_read_b64_tr_b8",
+    ),
+    "fp8-transposed-16x16": (
+        torch.float8_e4m3fn, (128, 128, 128), 4, True, {"matrix_instr_nonkdim": 16},
+        "ds_read_b64_tr_b8",
     ),
 }  # fmt: skip
 

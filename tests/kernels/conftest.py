@@ -42,3 +42,21 @@ def _poisoned_memory():
     assert torch.empty(8).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def sums_in_order(monkeypatch):
+    """The interpreter's products add their terms one after the other, as a matrix instruction's
+    order does not depend on the tile: the BLAS behind numpy chooses one by shape and processor."""
+    if torch.cuda.is_available():
+        return
+    import numpy as np
+
+    def matmul(left, right, dtype=None):
+        dtype = dtype or np.result_type(left, right)
+        total = np.zeros((left.shape[0], right.shape[1]), dtype)
+        for column, row in zip(left.T.astype(dtype), right.astype(dtype)):
+            total += np.outer(column, row)
+        return total
+
+    monkeypatch.setattr(np, "matmul", matmul)

@@ -60,4 +60,5 @@ def test_gate_of_the_trained_checkpoint(monkeypatch, capsys):
     print(printed)
     assert status == 0
     for name in flags.OPERATORS:
-        assert f"{name} triton" in printed
+        # the gate looks at probabilities and chooses no token; the golden sequence does
+        assert f"{name} triton" in printed or name == "sample_greedy"

@@ -78,7 +78,10 @@ def watch(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("layer", [0, 1], ids=["hash", "learned"])
 def test_a_layer_of_experts(layers, watch, rows, layer):
-    x, step = torch.randn(rows, 128).bfloat16(), SimpleNamespace(token_ids=torch.arange(rows))
+    x, step = (
+        torch.randn(rows, 128).bfloat16(),
+        SimpleNamespace(token_ids=torch.arange(rows), rows=None),
+    )
     with selected(TRITON), watch:
         layers[layer](Activation(x), step)
         assert {
@@ -101,6 +104,6 @@ def test_a_layer_of_experts(layers, watch, rows, layer):
 def test_the_watch_sees_a_wait(layers, watch):
     """Of the reference of a prefill, which looks at the experts that were chosen."""
     operator.enter_step(max_queries=3)
-    x, step = torch.randn(3, 128).bfloat16(), SimpleNamespace(token_ids=torch.arange(3))
+    x, step = torch.randn(3, 128).bfloat16(), SimpleNamespace(token_ids=torch.arange(3), rows=None)
     with selected(REFERENCES), watch, pytest.raises(AssertionError, match="waits for the device"):
         layers[1](Activation(x), step)

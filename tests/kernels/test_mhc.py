@@ -95,7 +95,7 @@ def test_head_without_its_norm():
     torch.testing.assert_close(got.float(), want.float(), rtol=2**-7, atol=1e-6)
 
 
-def test_a_row_has_the_same_bits_in_any_batch():
+def test_a_row_has_the_same_bits_in_any_batch(sums_in_order):
     dim, rows = 256, 40
     y, post, comb = make_output(rows, dim)
     streams, tail = make_streams(rows, dim), (*parameters(dim, 24), *settings())

@@ -193,7 +193,7 @@ def test_what_is_no_number_stays_in_its_row(form, value, shape, tiles):
 
 
 @pytest.mark.parametrize("form", ["fp4", "fp8"])
-def test_a_row_has_the_same_bits_in_any_batch(form, tiles):
+def test_a_row_has_the_same_bits_in_any_batch(form, tiles, sums_in_order):
     """Alone in the tiles of few rows, and among 24 in those of many, where stage 1 rounds."""
     x, weights, chosen = make_inputs(24, 2, 256)
     weights, chosen = weights[:, :2].contiguous(), chosen[:, :2].contiguous()

@@ -123,7 +123,7 @@ def test_grouped(tokens, groups, rank, inputs, packed):
     assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8))
 
 
-def test_a_row_has_the_same_bits_in_any_batch():
+def test_a_row_has_the_same_bits_in_any_batch(sums_in_order):
     """Split or not, quantised inside or before, in tiles of 16, 64 or 128 tokens."""
     inputs, tokens = 1024, 260
     x, (weight, scale) = make_x(tokens, inputs), make_weight(128, inputs)

@@ -55,7 +55,7 @@ def test_matches_reference(tokens, experts, hidden, hashed, parts):
     torch.testing.assert_close(weights, want, **CLOSE)
 
 
-def test_a_row_has_the_same_bits_in_any_batch(monkeypatch):
+def test_a_row_has_the_same_bits_in_any_batch(monkeypatch, sums_in_order):
     """Small integers make every sum exact whatever the order within a segment: what is left is how
     segments are added, in one program or in eight."""
     x, gate, bias, _, ids, *rest = make_inputs(70, 384, 1280, False)

@@ -58,7 +58,7 @@ def test_the_clamp_is_inside():
     assert row_error(triton(x, *one(parts, 0), 1e9), got) > 0.5
 
 
-def test_a_row_has_the_same_bits_in_any_batch(monkeypatch):
+def test_a_row_has_the_same_bits_in_any_batch(monkeypatch, sums_in_order):
     x, parts = make_inputs(20, 256, 256, "fp8")
     monkeypatch.setattr(kernels, "tiles_of", lambda rows: MANY if rows > 1 else FEW)
     together = triton(x, *one(parts, 0), LIMIT)

@@ -11,12 +11,12 @@ from test_golden import KERNELS
 
 from dsv4_plugin import flags
 from dsv4_plugin.accuracy import gate
-from dsv4_plugin.accuracy.eval_set import Amount, build_eval_set
+from dsv4_plugin.accuracy.eval_set import EvalSize, build_eval_set
 from dsv4_plugin.accuracy.gate import chosen
 from dsv4_plugin.config import Precision
 from dsv4_plugin.ops import operator
 
-FAR = Amount(((1024, 1, 8),), windows=1, window=128)
+FAR = EvalSize(((1024, 1, 8),), windows=1, window=128)
 TAIL = 4
 """Tokens before the first thing, its cue among them, that kernels compute as well; as many at the
 end are decoded singly."""

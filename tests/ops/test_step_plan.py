@@ -15,6 +15,7 @@ from dsv4_plugin.cache.step_plan import (
     static_windows,
 )
 from dsv4_plugin.ops import build_step_plan
+from dsv4_plugin.ops.operator import HERE, enter_step
 
 from .tables import PAGE, Request, Tables
 
@@ -244,15 +245,19 @@ def test_no_requests_and_no_rows():
         check(requests, 0, RINGS[0])
 
 
-def test_phase():
-    assert (
-        build_step_plan.reference(**Tables([Request(5, 1), Request(0, 1)]).arguments()).phase
-        == "decode"
+@pytest.mark.parametrize(
+    "rows, phase", [(1, "decode"), (6, "decode"), (8, "decode"), (9, "prefill")]
+)
+def test_a_verified_step_counts_as_decode(rows, phase):
+    """Up to eight rows a request: a token and its drafts."""
+    plan = build_step_plan.reference(
+        **Tables([Request(5, 1), Request(300, rows)]).arguments(), may_shrink=True
     )
-    assert (
-        build_step_plan.reference(**Tables([Request(5, 1), Request(0, 2)]).arguments()).phase
-        == "prefill"
-    )
+    assert plan.phase == phase
+    before = HERE.phase, HERE.static
+    enter_step(plan.max_queries, plan.static)
+    entered, (HERE.phase, HERE.static) = HERE.phase, before
+    assert entered == phase
 
 
 def test_slots_do_not_wrap_at_32_bits():

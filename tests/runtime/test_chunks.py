@@ -226,3 +226,26 @@ def test_window_shifted_by_one_shows(small_engine, prompt, whole, rows_alike, mo
     monkeypatch.setattr(engine_module, "build_step_plan", shifted)
     got = small_engine("exact").score(prompt, [130, 170])
     assert distance(got, want) > MISTAKE
+
+
+def test_a_layer_waits_before_it_touches_its_stores(small_engine, prompt, whole, rows_alike):
+    """Pages that come from another memory, a layer at a time, hold garbage until they are there."""
+    engine = small_engine("serving", page_seed=6)
+    [sequence], _ = ragged(engine, [prompt[:260]])
+    caches, coming = engine.caches, {}
+    for layer in caches.window:
+        stores = (caches.window, caches.compressed, caches.index)
+        parts = [part[layer].pages for part in stores if layer in part]
+        parts += [part[layer] for part in (caches.ring, caches.index_ring) if layer in part]
+        coming[layer] = [(part, part.clone()) for part in parts]
+        for part in parts:
+            part.view(torch.uint8).fill_(255)  # NaN in FP8, bf16 and fp32
+
+    def wait(layer: int) -> None:
+        for part, content in coming.pop(layer):
+            part.copy_(content)
+
+    caches.wait = wait
+    got = engine.logits(engine.forward([(sequence, prompt[260:])]))
+    assert not coming
+    assert distance(got, whole("serving")[260:]) <= TOLERANCE

@@ -68,6 +68,13 @@ def test_tiny_writes(capsys, tmp_path):
     assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 1
 
 
+def test_tiny_with_wide_experts(capsys, tmp_path):
+    options = ["--layers", "1", "--hidden", "128", "--experts", "2", "--experts-per-token", "1"]
+    path = tmp_path / "model"
+    assert run(capsys, "tiny", str(path), *options, "--intermediate", "384")[0] == 0
+    assert Geometry.from_dir(path).moe_intermediate_size == 384
+
+
 def test_tiny_with_a_dspark_draft(capsys, tmp_path):
     options = ["--layers", "3", "--hidden", "128", "--experts", "4", "--dspark"]
     status, _, err = run(capsys, "tiny", str(tmp_path / "model"), *options)
@@ -80,6 +87,7 @@ def test_tiny_with_a_dspark_draft(capsys, tmp_path):
     "options, told",
     [
         (["--hidden", "100"], "hidden is 100"),
+        (["--intermediate", "192"], "intermediate is 192"),
         (["--layers", "3", "--compress-ratios", "0,4"], "2 compress ratios for 3 layers"),
         (["--compress-ratios", "0,5"], "compress_ratios holds [5]"),
         (["--shard-size", "0"], "--shard-size is 0 MB"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import dsv4_plugin.ops  # noqa: F401  registers the operators, and with them the values of their flags
+import dsv4_plugin.host.kernels  # noqa: F401  all operators' implementations, the values of flags
 from dsv4_plugin import flags
 from dsv4_plugin.flags import FlagError, check, implementation, layers, setting
 from dsv4_plugin.flags_document import markdown
@@ -42,7 +42,7 @@ def test_every_operator_of_the_table_exists_and_the_other_way_round():
         ),
         ({"DSV4_PROFLIE": "safe"}, "DSV4_PROFLIE='safe'", "did you mean DSV4_PROFILE?"),
         ({"DSV4_MOE": "cutlass"}, "DSV4_MOE='cutlass'", "takes auto or reference"),
-        ({"DSV4_SPARSE_MLA": "tilelang"}, "DSV4_SPARSE_MLA='tilelang'", "gluon or triton"),
+        ({"DSV4_SPARSE_MLA": "flydsl"}, "DSV4_SPARSE_MLA='flydsl'", "tilelang"),
         ({"DSV4_PROFILE": "2026-05-03"}, "DSV4_PROFILE='2026-05-03'", "2026-05-04"),
         ({"DSV4_LAYERS_MOE": "0-"}, "DSV4_LAYERS_MOE='0-'", "as 0-3,7"),
         ({"DSV4_LAYERS_MOE": "7-3"}, "7-3", "backwards"),
@@ -200,12 +200,11 @@ def test_a_recipe_asks_for_what_its_milestone_names(date):
 
 
 def test_what_a_variable_of_others_asks_for_in_vain_is_said():
-    environ = {"SGLANG_HACK_FLASHMLA_BACKEND": "tilelang", "DSV4_SPARSE_MLA": "triton"}
+    environ = {"SGLANG_OPT_USE_AITER_INDEXER": "1", "DSV4_INDEXER_LOGITS": "triton"}
     check(environ)
-    assert implementation("sparse_mla", environ).value == "triton"
+    assert implementation("indexer_logits", environ).value == "triton"
     assert flags.notes(environ) == [
-        "SGLANG_HACK_FLASHMLA_BACKEND=tilelang has no effect: sparse_mla has no implementation"
-        " tilelang"
+        "SGLANG_OPT_USE_AITER_INDEXER=1 has no effect: indexer_logits has no implementation aiter"
     ]
 
 
@@ -262,6 +261,7 @@ def test_the_document_is_the_table():
 
 def test_command_prints_values_and_sources(monkeypatch, capsys):
     from dsv4_plugin.cli import main
+    from dsv4_plugin.ops.operator import OPERATORS
 
     monkeypatch.setenv("DSV4_PROFILE", "safe")
     monkeypatch.setenv("SGLANG_OPT_DPSK_V4_RADIX", "1")
@@ -272,9 +272,13 @@ def test_command_prints_values_and_sources(monkeypatch, capsys):
         "reference",
         "DSV4_PROFILE=safe",
     )
-    assert rows["DSV4_SPARSE_MLA"]["values"] == ["auto", "reference", "gluon", "triton"]
+    assert rows["DSV4_SPARSE_MLA"]["values"] == [
+        "auto",
+        "reference",
+        *OPERATORS["sparse_mla"].implementations,
+    ]
     assert len(rows) == len(flags.FLAGS) and "prefix cache" in printed["notes"][0]
-    monkeypatch.setenv("DSV4_SPARSE_MLA", "aiter")
+    monkeypatch.setenv("DSV4_SPARSE_MLA", "cutlass")
     assert main(["flags"]) == 2
     assert "takes auto or reference or gluon or triton" in capsys.readouterr().err
     monkeypatch.delenv("DSV4_SPARSE_MLA")

@@ -56,6 +56,16 @@ def identity(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def test_the_executor_is_importable_without_the_plugin():
+    files = sorted((ROOT.parent / "gfx950").glob("*.py"))
+    assert files
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.startswith("dsv4_plugin")], path
+
+
 def test_every_package_is_a_floor():
     packages = {path.parent.relative_to(ROOT).parts[0] for path in SOURCES if path.parent != ROOT}
     assert packages <= set(FLOORS)

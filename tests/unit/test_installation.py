@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PACKED = ("dsv4_plugin", "recipes", "patches", "checkpoints", "pyproject.toml", "README.md")
 SHOW = """
 from dsv4_plugin import installation
-for name in ("recipes", "patches", "checkpoints/tiny"):
+for name in ("recipes", "patches", "checkpoints/tiny", "checkpoints/tiny-dspark"):
     print(*sorted(path.name for path in installation.directory(name).iterdir()))
 print(installation.__file__)
 """
@@ -64,10 +64,13 @@ def test_files_come_along(checkout, tmp_path, kind):
     site = checkout
     if kind != "checkout":
         pip = ("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index")
-        run(*pip, *where[kind], str(checkout))
+        # With --prefix pip would take the package out of the environment of these tests.
+        run(*pip, "--ignore-installed", *where[kind], str(checkout))
         [package] = tmp_path.rglob("dsv4_plugin/installation.py")
         site = package.parents[1]
         # some packages install a top-level directory of this name
         (site / "recipes").mkdir()
         (site / "recipes" / "another.yaml").write_text("name: another\n")
-    assert shown(site) == present("recipes", "patches", "checkpoints/tiny")
+    assert shown(site) == present(
+        "recipes", "patches", "checkpoints/tiny", "checkpoints/tiny-dspark"
+    )

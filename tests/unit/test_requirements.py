@@ -11,6 +11,8 @@ from dsv4_plugin.cache import PackedLatentCache, latent_page_bytes
 from dsv4_plugin.cache.stores import DenseLatentCache, PackedIndexCache
 from dsv4_plugin.checkpoint.load import load_checkpoint
 from dsv4_plugin.config import Geometry, Precision
+from dsv4_plugin.host import kernels, version  # noqa: F401  all operators' implementations
+from dsv4_plugin.kernels.flydsl.prepared import FP4_LAYOUT, GATE_UP, PreparedExperts
 from dsv4_plugin.model import DeepseekV4
 from dsv4_plugin.ops import operator as selection
 from dsv4_plugin.ops.operator import OPERATORS, Implementation
@@ -94,6 +96,13 @@ def rows(*shape: int) -> torch.Tensor:
 
 
 DENSE = DenseLatentCache(4, rounded=False)
+INDEX_QUERIES = torch.zeros(2, 64, 128, dtype=torch.float8_e4m3fn)
+PREPARED = PreparedExperts(
+    torch.zeros(1, 256, 256, dtype=torch.uint8),
+    torch.zeros(1, 256, 16, dtype=torch.uint8),
+    GATE_UP,
+    FP4_LAYOUT,
+)
 WRONG = [
     (
         "compress",
@@ -140,6 +149,42 @@ WRONG = [
     ("rope_hadamard_quant", "triton", {"rounding": "fp4"}, "rounding is fp4, not fp8"),
     ("rope_hadamard_quant", "triton", {"rounding": "none"}, "rounding is none, not fp8"),
     ("rope_hadamard_quant", "triton", {"q": torch.float32}, "q is torch.float32, not bfloat16"),
+    ("block_fp8_linear", "aiter", {"scale": None}, "the weight is dense"),
+    ("rms_norm_quant", "aiter", {"x": torch.float32}, "x is torch.float32, not bfloat16"),
+    ("rms_norm_quant", "aiter", {"weight": torch.float32}, "the weight is torch.float32, not bfl"),
+    ("rms_norm_quant", "aiter", {"x": rows(8320)}, "8320 channels are more than 8,192"),
+    ("mhc_pre", "aiter", {"streams": rows(3, 4096)}, "there are 3 streams, not 4"),
+    ("mhc_pre", "aiter", {"streams": rows(4, 5120)}, "5120 channels are none of 7168, 4096, 2560"),
+    ("mhc_post_pre", "aiter", {"streams": rows(4, 5120)}, "5120 channels are none of 7168, 4096"),
+    ("mhc_post", "aiter", {"streams": rows(4, 384)}, "384 channels are no multiple of 256"),
+    ("rope_hadamard_quant", "aiter", {"rounding": "fp4"}, "rounding is fp4, not fp8"),
+    ("rope_hadamard_quant", "aiter", {"q": rows(12, 128)}, "12 heads are no power of two"),
+    ("sample_greedy", "aiter", {"logits": torch.float64}, "torch.float64, neither float32 nor"),
+    ("sample_greedy", "aiter", {"logits": rows(200)}, "a row of 200 logits is no multiple of 16"),
+    ("sparse_mla", "aiter", {"window_cache": DENSE}, "the window cache is a DenseLatentCache"),
+    (
+        "sparse_mla",
+        "aiter",
+        {"window": torch.zeros(2, 0, dtype=torch.int64)},
+        "a window of no columns",
+    ),
+    ("sparse_mla", "tilelang", {"window_cache": DENSE}, "the window cache is a DenseLatentCache"),
+    (
+        "sparse_mla",
+        "tilelang",
+        {"window": torch.zeros(2, 0, dtype=torch.int64)},
+        "a window of no columns",
+    ),
+    ("rms_norm_quant", "host", {"keep": "normed"}, "keep is normed, and the host's kernel always"),
+    ("rms_norm_quant", "host", {"x": torch.float32}, "x is torch.float32, not bfloat16"),
+    ("block_fp8_linear", "host", {"scale": None}, "the weight is dense"),
+    ("indexer_logits", "tilelang", {"q": torch.float32}, "q is torch.float32, not float8_e4m3fn"),
+    ("mhc_pre", "tilelang", {"streams": torch.float32}, "the streams are torch.float32"),
+    ("mhc_post", "tilelang", {"streams": rows(3, 512)}, "there are 3 streams, not 4"),
+    ("mhc_post_pre", "tilelang", {"streams": rows(4, 200)}, "200 channels are no multiple of 128"),
+    ("indexer_logits", "host", {"q": torch.float32}, "q is torch.float32, not float8_e4m3fn"),
+    ("indexer_logits", "host", {"q": INDEX_QUERIES[:, :8]}, "8 heads are neither 32 nor 64"),
+    ("sparse_mla", "host", {"window_cache": DENSE}, "the window cache is a DenseLatentCache"),
     ("route", "triton", {"x": torch.float32}, "x is torch.float32, not bfloat16"),
     (
         "route",
@@ -148,6 +193,9 @@ WRONG = [
         "hidden size 200 is not a multiple of 128",
     ),
     ("moe", "triton", {"x": torch.float32}, "x is torch.float32, not bfloat16"),
+    ("moe", "triton", {"w1": PREPARED}, "the weights are prepared for flydsl"),
+    ("moe", "flydsl", {"x": torch.float32}, "x is torch.float32, not bfloat16"),
+    ("moe", "flydsl", {"w1": torch.zeros(2, 128, 256)}, "were not prepared for it"),
     (
         "moe",
         "triton",
@@ -198,6 +246,15 @@ WRONG = [
 ]
 
 
+RIGHT = {
+    ("moe", "flydsl"): {"w1": PREPARED},
+    ("mhc_pre", "aiter"): {"streams": rows(4, 4096)},
+    ("mhc_post_pre", "aiter"): {"streams": rows(4, 4096)},
+    ("indexer_logits", "host"): {"q": INDEX_QUERIES},
+}
+"""Arguments in place of the others for those whose kernel is compiled for released sizes alone."""
+
+
 def arguments_of(operator: str) -> dict:
     """What a decode step gives it, in an order that is that of its parameters."""
     from dsv4_plugin.runtime.compare import bound
@@ -219,13 +276,22 @@ def arguments_of(operator: str) -> dict:
 )
 def test_every_reason_of_every_requirement(operator, name, change, reason):
     requires = OPERATORS[operator].implementations[name].requires
-    right = arguments_of(operator)
+    right = arguments_of(operator) | RIGHT.get((operator, name), {})
     assert requires(*right.values()) is None
     for argument, value in change.items():
         known = right[argument]
         retyped = isinstance(value, torch.dtype) and isinstance(known, torch.Tensor)
         right[argument] = known.to(value) if retyped else value
     assert reason in requires(*right.values())
+
+
+def test_another_host_is_refused_with_its_version(monkeypatch):
+    requires = OPERATORS["sparse_mla"].implementations["host"].requires
+    right = arguments_of("sparse_mla").values()
+    monkeypatch.setattr(version, "installed", lambda: "0.5.22")
+    assert "SGLang 0.5.22 is installed" in requires(*right)
+    monkeypatch.undo()
+    assert requires(*right) is None
 
 
 def test_no_requirement_is_left_out():

@@ -11,6 +11,8 @@ From 64 heads each wave has 16 heads of its own. In between, two by two.
 
 Floor of one token in one layer, n slots and h heads: 584 n + 2·1024 h + 256 bytes and 2·1024 n h
 operations.
+
+Variants: heads and slots of a tile, whether tokens are split, as of the walk.
 """
 
 from __future__ import annotations
@@ -102,17 +104,16 @@ def _tile_bytes(
     compressed_page_bytes,
     word,
     channel,
-    WINDOW_PAGE: gl.constexpr,
-    COMPRESSED_PAGE: gl.constexpr,
+    compressed_page,
+    compressed_shift,
+    WINDOW_SHIFT: gl.constexpr,
 ):
     """What the slots of a tile hold, as a tuple: 7 blocks of 16 words of 4 nope bytes, the rope
     channels, the scale bytes as one int64 a slot, and what to add to logits: 0, or -inf for absent
     slots, which read zeros."""
-    WINDOW_SHIFT: gl.constexpr = WINDOW_PAGE.bit_length() - 1
-    COMPRESSED_SHIFT: gl.constexpr = COMPRESSED_PAGE.bit_length() - 1
     in_window = tile < window_tiles
-    page_slots = gl.where(in_window, WINDOW_PAGE, COMPRESSED_PAGE)
-    page = slot >> gl.where(in_window, WINDOW_SHIFT, COMPRESSED_SHIFT)
+    page_slots = gl.where(in_window, 1 << WINDOW_SHIFT, compressed_page)
+    page = slot >> gl.where(in_window, WINDOW_SHIFT, compressed_shift)
     page_bytes = gl.where(in_window, window_page_bytes, compressed_page_bytes).to(gl.int64)
     present = slot >= 0
     page = gl.where(
@@ -208,7 +209,7 @@ def _rotated_back(x, cos_ptr, sin_ptr):
     return gl.convert_layout(gl.reshape(rotated, x.shape), x.type.layout, assert_trivial=True)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=("compressed_count", "splits", "compressed_page", "compressed_shift"))
 def _attend(
     q_ptr,
     out_ptr,
@@ -226,13 +227,15 @@ def _attend(
     window_page_bytes,
     compressed_page_bytes,
     heads,
+    splits,
+    compressed_page,
+    compressed_shift,
     scale_log2,
     sink_scale,
-    WINDOW_PAGE: gl.constexpr,
-    COMPRESSED_PAGE: gl.constexpr,
+    WINDOW_SHIFT: gl.constexpr,
     BLOCK_H: gl.constexpr,
     BLOCK_K: gl.constexpr,
-    SPLITS: gl.constexpr,
+    SPLIT: gl.constexpr,
     TILES: gl.constexpr,
     AHEAD: gl.constexpr,
     CHUNK: gl.constexpr,
@@ -240,7 +243,7 @@ def _attend(
     WARPS: gl.constexpr,
 ):
     """One split of BLOCK_H heads of one token: the output, or its part and base-2 log-sum-exp when
-    SPLITS > 1."""
+    SPLIT."""
     WIDE: gl.constexpr = BLOCK_K // WARPS  # bytes a lane fetches of a slot's block
     MMA: gl.constexpr = gl.amd.AMDMFMALayout(
         version=4,
@@ -267,12 +270,12 @@ def _attend(
     first = gl.arange(0, TILES, FIRST) * BLOCK_K
     first = gl.load(compressed_slots_ptr + first, mask=first < compressed_count, other=-1)
     tiles = window_tiles + _uniform(gl.sum((first >= 0).to(gl.int32), 0))
-    share = gl.cdiv(tiles, SPLITS)
+    share = gl.cdiv(tiles, splits)
     start, end = split * share, gl.minimum(split * share + share, tiles)
-    if SPLITS > 1:
+    if SPLIT:
         if start >= end:
             head = gl.program_id(1) * BLOCK_H + gl.arange(0, BLOCK_H, ROW)
-            row = (token * heads + head) * SPLITS + split
+            row = (token * heads + head) * splits + split
             gl.store(
                 lse_ptr + row, gl.full([BLOCK_H], float("-inf"), gl.float32, ROW), mask=head < heads
             )
@@ -336,8 +339,9 @@ def _attend(
             compressed_page_bytes,
             word,
             channel,
-            WINDOW_PAGE,
-            COMPRESSED_PAGE,
+            compressed_page,
+            compressed_shift,
+            WINDOW_SHIFT,
         )
         slot = _tile_slots(
             start + 1,
@@ -362,8 +366,9 @@ def _attend(
                 compressed_page_bytes,
                 word,
                 channel,
-                WINDOW_PAGE,
-                COMPRESSED_PAGE,
+                compressed_page,
+                compressed_shift,
+                WINDOW_SHIFT,
             )
             slot = _tile_slots(
                 tile + 1,
@@ -391,8 +396,9 @@ def _attend(
                 compressed_page_bytes,
                 word,
                 channel,
-                WINDOW_PAGE,
-                COMPRESSED_PAGE,
+                compressed_page,
+                compressed_shift,
+                WINDOW_SHIFT,
             )
             slot = _tile_slots(
                 tile + 2,
@@ -421,8 +427,8 @@ def _attend(
 
     denominator = gl.convert_layout(gl.sum(total, 1), ROW, assert_trivial=True)
     head = gl.program_id(1) * BLOCK_H + gl.arange(0, BLOCK_H, ROW)
-    row = (token * heads + head) * SPLITS + split
-    if SPLITS > 1:
+    row = (token * heads + head) * splits + split
+    if SPLIT:
         some = gl.where(denominator > 0, denominator, 1.0)
         gl.store(
             lse_ptr + row,

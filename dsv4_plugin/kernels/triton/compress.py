@@ -10,6 +10,9 @@ step still read, in other programs.
 Byte floor of a window: items · 2 · D · 4 for values and scores, its slot (583 or 132), norm and
 cos/sin from cache; of a kept token twice its projection. Ratio 128 adds 4 KiB of pooled values,
 below 1 %.
+
+Variants: of the pooling the kind of entry (latents of ratio 4 or 128, index keys) and how many a
+page holds; the ring's update is one.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...cache.layout import LATENT_DIM, entries_per_page
 from ...cache.step_plan import Compression
 from ...cache.stores import PackedIndexCache, PackedLatentCache
 from ..strides import require_contiguous
@@ -27,6 +31,8 @@ from .formats import round_to_bf16
 
 _STRIPE = 32
 """Channels of a ratio-128 window that one program pools."""
+_LEAST_BLOCK = 2048
+"""Columns of a ring's row that one program copies: those of latents of ratio 4, the widest."""
 
 
 @triton.jit
@@ -171,10 +177,9 @@ def keep_kernel(
     DIM: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
-    FINISH: tl.constexpr,
 ):
     """Grid (T + N or T): copies the rows that the ring keeps, and stores the entries of pooled
-    windows."""
+    windows, if there are any."""
     row = tl.program_id(0).to(tl.int64)
     if row < tokens:
         ring_row = tl.load(ring_write_rows + row)
@@ -182,7 +187,7 @@ def keep_kernel(
             column = tl.arange(0, BLOCK)
             x = tl.load(projected + row * columns + column, mask=column < columns)
             tl.store(ring + ring_row * columns + column, x, mask=column < columns)
-    elif FINISH:
+    else:
         window = row - tokens
         if tl.load(positions + window) >= 0:
             x = tl.load(pooled + window * DIM + tl.arange(0, DIM))
@@ -234,18 +239,8 @@ def compress(
     stripe = dim if rows.ratio == 4 else _STRIPE
     pages, typed = cache.pages, torch.float32 if rotate else torch.bfloat16
     pooled = projected.new_empty((windows, dim)) if stripe < dim else projected
-    entry = (
-        pooled,
-        rows.slots,
-        norm_weight,
-        eps,
-        cos,
-        sin,
-        pages,
-        pages.view(typed),
-        pages.stride(0),
-    )
-    constants = {"DIM": dim, "SLOTS": 1 if rotate else cache.slots_per_page, "num_warps": 4}
+    numbers = (pooled, rows.slots, norm_weight, eps, cos, sin, pages)
+    slots = 1 if rotate else cache.slots_per_page
     if windows:
         pool_kernel[(windows, dim // stripe)](
             projected,
@@ -255,21 +250,29 @@ def compress(
             rows.ring_row,
             ape,
             ape.shape[1],
-            *entry,
+            *numbers,
+            pages.view(typed),
+            pages.stride(0),
+            DIM=dim,
             RATIO=rows.ratio,
             ITEMS=items,
             STRIPE=stripe,
-            **constants,
+            SLOTS=slots,
+            num_warps=4,
         )
-    keep_kernel[(tokens + windows * (stripe < dim),)](
+    finishes = stripe < dim  # else what says how an entry is stored is not read
+    keep_kernel[(tokens + windows * finishes,)](
         projected,
         ring,
         rows.ring_write_row,
         columns,
         tokens,
         rows.position,
-        *entry,
-        BLOCK=triton.next_power_of_2(columns),
-        FINISH=stripe < dim,
-        **constants,
+        *numbers,
+        pages.view(torch.bfloat16),
+        pages.stride(0),
+        DIM=LATENT_DIM,
+        SLOTS=slots if finishes else entries_per_page(128),
+        BLOCK=max(_LEAST_BLOCK, triton.next_power_of_2(columns)),
+        num_warps=4,
     )

@@ -9,6 +9,8 @@ w2. What is multiplied follows from how the weights lie and from the chip:
 * e4m3 by e4m3, sums of 128 times both scales. Without FP8 products e4m3 becomes bf16 too.
 * bf16 by bf16.
 
+Variants: widths and form of weights, routed or not, tile.
+
 Rows are independent and sums go through the inner dimension in one order, by one instruction: a row
 has the same bits in any block, whatever shares it.
 """
@@ -167,7 +169,8 @@ def _rows_of_block(pairs, owners, rows, BLOCK_M: tl.constexpr, GROUPED: tl.const
         return slot * 0, pair.to(tl.int64), pair < rows
 
 
-@triton.jit(do_not_specialize=("rows",))
+# Weights of the routing are read one at a time: how they are aligned changes no load.
+@triton.jit(do_not_specialize=("rows",), do_not_specialize_on_alignment=("routing",))
 def gate_up_kernel(
     x,
     x_scales,

@@ -1,5 +1,7 @@
 """Pairs of tokens and experts in blocks by expert, in one launch (kernels/grouping.py).
 
+Variants: experts held; of few pairs rows of a block, and above 512 of them a power of two.
+
 A program an expert reads all choices, once or twice. Nothing is counted with atomics and nothing
 comes back to the CPU. Bytes: 8·P for every expert, from cache; 4·P written.
 """
@@ -15,6 +17,10 @@ from ..grouping import Groups, by_leader, slots
 from ..strides import require_contiguous
 
 _CHUNK = 4096
+_MOST_ROWS = 128
+"""Of a block of many pairs."""
+_LEAST_CHUNK = 512
+"""Of few pairs: eight to a lane of the one wave that has them, so that nothing crosses waves."""
 
 
 @triton.jit
@@ -46,19 +52,20 @@ def _place_by_leader(chosen, grouped, owners, pairs, first, own, EXPERTS, BLOCK,
 
 
 @triton.jit
-def _place_in_order(chosen, grouped, owners, pairs, slots, first, own, EXPERTS, BLOCK, CHUNK):
-    """Blocks of expert `own` behind those of lower experts; returns how many pairs it has."""
-    place, lane = tl.arange(0, CHUNK), tl.arange(0, BLOCK)
+def _place_in_order(chosen, grouped, owners, pairs, slots, first, block, own, EXPERTS, MOST, CHUNK):
+    """Blocks of expert `own`, of `block` rows and at most MOST, behind those of lower experts;
+    returns how many pairs it has."""
+    place, lane = tl.arange(0, CHUNK), tl.arange(0, MOST)
     before, count = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
     for start in range(0, pairs, CHUNK):
         local = _local(chosen, start + place, pairs, first, EXPERTS)
         before += tl.sum((local < own).to(tl.int32), 0)
         count += tl.sum((local == own).to(tl.int32), 0)
-    slot, blocks = before // BLOCK + own, tl.cdiv(count, BLOCK)
-    behind = (before + count) // BLOCK + own + 1
+    slot, blocks = before // block + own, tl.cdiv(count, block)
+    behind = (before + count) // block + own + 1
     if own == EXPERTS:
         blocks, behind = 0, slots
-    for begin in range(slot, behind, BLOCK):
+    for begin in range(slot, behind, MOST):
         owner = tl.where(begin + lane < slot + blocks, own, -1)
         tl.store(owners + begin + lane, owner, mask=begin + lane < behind)
     done = tl.zeros((), tl.int32)
@@ -66,14 +73,15 @@ def _place_in_order(chosen, grouped, owners, pairs, slots, first, own, EXPERTS, 
         for start in range(0, pairs, CHUNK):
             mine = _local(chosen, start + place, pairs, first, EXPERTS) == own
             row = done + tl.cumsum(mine.to(tl.int32), 0) - 1
-            tl.store(grouped + slot * BLOCK + row, start + place, mask=mine)
+            tl.store(grouped + slot * block + row, start + place, mask=mine)
             done += tl.sum(mine.to(tl.int32), 0)
-        last = (blocks - 1) * BLOCK + lane
-        tl.store(grouped + slot * BLOCK + last, lane * 0 - 1, mask=last >= count)
+        last = (blocks - 1) * block + lane
+        empty = (last >= count) & (lane < block)
+        tl.store(grouped + slot * block + last, lane * 0 - 1, mask=empty)
     return count
 
 
-@triton.jit(do_not_specialize=("pairs", "slots", "first"))
+@triton.jit(do_not_specialize=("pairs", "slots", "first", "block"))
 def group_kernel(
     chosen,
     grouped,
@@ -82,18 +90,20 @@ def group_kernel(
     pairs,
     slots,
     first,
+    block,
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     BY_LEADER: tl.constexpr,
 ):
-    """Grid (E + 1): the blocks of an expert; the last program takes what is nobody's here."""
+    """Grid (E + 1): the blocks of an expert, of `block` rows; the last program takes what is
+    nobody's here. BLOCK is `block` if BY_LEADER, else the most that it may be."""
     own = tl.program_id(0)
     if BY_LEADER:
         count = _place_by_leader(chosen, grouped, owners, pairs, first, own, EXPERTS, BLOCK, CHUNK)
     else:
         count = _place_in_order(
-            chosen, grouped, owners, pairs, slots, first, own, EXPERTS, BLOCK, CHUNK
+            chosen, grouped, owners, pairs, slots, first, block, own, EXPERTS, BLOCK, CHUNK
         )
     tl.store(counts + own, count, mask=own < EXPERTS)
 
@@ -110,7 +120,7 @@ def group_by_expert(chosen: Tensor, first: int, experts: int, block: int) -> Gro
         torch.empty(experts, **numbers),
     )
     leading = by_leader(number, experts, block)
-    chunk = max(16, triton.next_power_of_2(number)) if leading else _CHUNK
+    chunk = max(_LEAST_CHUNK, triton.next_power_of_2(number)) if leading else _CHUNK
     group_kernel[(experts + 1,)](
         chosen,
         groups.pairs,
@@ -119,10 +129,11 @@ def group_by_expert(chosen: Tensor, first: int, experts: int, block: int) -> Gro
         number,
         size,
         first,
+        block,
         EXPERTS=experts,
-        BLOCK=block,
+        BLOCK=block if leading else _MOST_ROWS,
         CHUNK=chunk,
         BY_LEADER=leading,
-        num_warps=4 if leading else 8,
+        num_warps=min(8, chunk // _LEAST_CHUNK) if leading else 8,
     )
     return groups

@@ -10,6 +10,8 @@ Keys are the rows and heads the columns of a product, so that the sum over heads
 lane's registers. Byte floor: 132 for every visible entry of a request, 4 for every logit, 132·n for
 a row of n heads. Multiply-adds: 128·n a logit, 62 for each byte of key and row at n = 64: decode is
 bound by memory, prefill by the matrix units.
+
+Variants: heads, one query or several a program (decode or prefill), few tokens or many.
 """
 
 from __future__ import annotations
@@ -154,7 +156,7 @@ def _score(
         )
 
 
-@triton.jit(do_not_specialize=("tokens", "pages"))
+@triton.jit(do_not_specialize=("tokens", "entries", "pages"))
 def indexer_logits_kernel(
     q,
     weights,

@@ -14,6 +14,8 @@ same bits in any batch.
 Byte floor of a row: 8·d for the streams read, 8·d written and 2·d for the output where a sub-layer
 comes in, 8·d read once more by `finish` (from cache in a decode step), 2·d + d for what it writes.
 `fn` (4·24·4·d bytes) is read by every block of rows. A stripe hands over 128 bytes a row.
+
+Variants: whether a sub-layer comes in, the last one or not; on NVIDIA few rows or many.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ chunks itself and adds them in the same order. The chunks follow from the weight
 take one matrix instruction, so a row has the same bits in any batch; nothing depends on who arrives
 last but which program does the adding.
 
+Variants: types of input, weight and result, tile.
+
 Byte floor: the weight once (1 byte an element, 2 for bf16), inputs and results of each row. A split
 product hands chunks · 4 bytes a result over.
 """
@@ -119,15 +121,15 @@ def _write(
     token,
     rows,
     tokens,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
+    second,
+    third,
     OUT: tl.constexpr,
 ):
-    """Stores a tile; results before FIRST, up to SECOND and after it are tensors [T, n] one after
-    the other."""
+    """Stores a tile; results before row `second`, up to row `third` and from it on are tensors
+    [T, n] one after the other."""
     real = (row < rows)[:, None] & (token < tokens)[None, :]
-    start = tl.where(row >= SECOND, SECOND, tl.where(row >= FIRST, FIRST, 0)).to(tl.int64)
-    end = tl.where(row >= SECOND, rows, tl.where(row >= FIRST, SECOND, FIRST))
+    start = tl.where(row >= third, third, tl.where(row >= second, second, 0)).to(tl.int64)
+    end = tl.where(row >= third, rows, tl.where(row >= second, third, second))
     at = (start * tokens + row - start)[:, None] + token[None, :] * (end - start)[:, None]
     if OUT == "fp32":
         tl.store(out + at, total, mask=real)
@@ -160,7 +162,11 @@ def _all_stored(x, WAIT: tl.constexpr):
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=("tokens",))
+# Scales are read one at a time: how their rows are aligned changes no load.
+@triton.jit(
+    do_not_specialize=("tokens", "chunks", "split"),
+    do_not_specialize_on_alignment=("scale_stride", "scale_columns"),
+)
 def product_kernel(
     x,
     x_scale,
@@ -177,23 +183,27 @@ def product_kernel(
     x_stride,
     scale_stride,
     scale_columns,
+    second,
+    third,
+    chunk,
+    chunks,
+    split,
     FP8: tl.constexpr,
     QUANTIZE: tl.constexpr,
     E8M0: tl.constexpr,
     FNUZ: tl.constexpr,
     OUT: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     STEP: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
     WAIT: tl.constexpr,
 ):
-    """Grid (row tiles, token tiles, chunks with SPLIT): `group_rows` weight rows share the input's
-    channels, the next as many take the next `inputs` channels."""
+    """Grid (row tiles, token tiles, chunks if `split`, else 1): `group_rows` weight rows share the
+    input's channels, the next as many take the next `inputs` channels. SPLIT is `split`, or None
+    where that is known at run time alone."""
+    if SPLIT is not None:
+        split = SPLIT
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     token = tl.program_id(1).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     # What lies past the end repeats the last row and is not stored: no load needs a mask.
@@ -202,7 +212,8 @@ def product_kernel(
     first = tl.program_id(0) * BLOCK_ROWS // group_rows * inputs
     scale_row = weight_scale + tl.program_id(0) * BLOCK_ROWS // _BLOCK * scale_columns
     x_at, scale_at = token_at * x_stride, token_at * scale_stride
-    if CHUNKS == 1:
+    start = tl.program_id(2) * chunk
+    if SPLIT:
         total = _chunk(
             x,
             x_scale,
@@ -212,8 +223,8 @@ def product_kernel(
             scale_at,
             weight_at,
             first,
-            0,
-            inputs,
+            start,
+            tl.minimum(start + chunk, inputs),
             FP8,
             QUANTIZE,
             E8M0,
@@ -222,9 +233,10 @@ def product_kernel(
             BLOCK_TOKENS,
             STEP,
         )
-    elif not SPLIT:
+    else:
         total = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), tl.float32)
-        for begin in range(0, inputs, CHUNK):
+        end = tl.minimum(start + chunk, inputs) if split else inputs
+        for begin in range(start, end, chunk):
             total += _chunk(
                 x,
                 x_scale,
@@ -235,7 +247,7 @@ def product_kernel(
                 weight_at,
                 first,
                 begin,
-                tl.minimum(begin + CHUNK, inputs),
+                tl.minimum(begin + chunk, inputs),
                 FP8,
                 QUANTIZE,
                 E8M0,
@@ -244,46 +256,30 @@ def product_kernel(
                 BLOCK_TOKENS,
                 STEP,
             )
-    else:
-        begin = tl.program_id(2) * CHUNK
-        part = _chunk(
-            x,
-            x_scale,
-            weight,
-            scale_row,
-            x_at,
-            scale_at,
-            weight_at,
-            first,
-            begin,
-            tl.minimum(begin + CHUNK, inputs),
-            FP8,
-            QUANTIZE,
-            E8M0,
-            FNUZ,
-            BLOCK_ROWS,
-            BLOCK_TOKENS,
-            STEP,
-        )
+    writes = True
+    if split:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         size: tl.constexpr = BLOCK_ROWS * BLOCK_TOKENS
         within = (
             tl.arange(0, BLOCK_ROWS)[:, None] + tl.arange(0, BLOCK_TOKENS)[None, :] * BLOCK_ROWS
         )
-        at = parts + tile.to(tl.int64) * (CHUNKS * size) + within
+        at = parts + tile.to(tl.int64) * (chunks * size) + within
         real = (token < tokens)[None, :]
-        tl.store(at + tl.program_id(2) * size, part, mask=real)
+        tl.store(at + tl.program_id(2) * size, total, mask=real)
         # A workgroup's parts are stored before its arrival counts (release), and the last to arrive
         # sees those of the others (acquire).
         _all_stored(tile, WAIT)
-        if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == CHUNKS - 1:
+        writes = tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == chunks - 1
+        if writes:
             total = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), tl.float32)
-            for chunk in range(CHUNKS):
-                total += tl.load(at + chunk * size, mask=real, other=0.0)
-            _write(total, out, out_scale, row, token, rows, tokens, FIRST, SECOND, OUT)
+            at_once: tl.constexpr = max(1, min(8, 16384 // size))
+            for before in range(0, chunks, at_once):
+                for each in tl.static_range(at_once):  # loads that are on their way together
+                    there = real & (before + each < chunks)
+                    total += tl.load(at + (before + each) * size, mask=there, other=0.0)
             tl.store(arrived + tile, 0)
-    if not SPLIT:
-        _write(total, out, out_scale, row, token, rows, tokens, FIRST, SECOND, OUT)
+    if writes:
+        _write(total, out, out_scale, row, token, rows, tokens, second, third, OUT)
 
 
 @triton.jit
@@ -334,6 +330,12 @@ class Tiling:
         return 4 if self.block_tokens <= 32 else 3 if device.arch().startswith("sm_") else 2
 
 
+def _least_tokens() -> int:
+    """Of a tile: on gfx950 32 issue as much a pass as 16 and have more bytes on their way; on
+    gfx942 registers would hold one workgroup instead of two."""
+    return 32 if device.arch() == "gfx950" else 16
+
+
 def _most_tokens() -> int:
     """Of a tile: registers hold three sums of each of its elements, and on gfx942 the bytes on
     their way to being operands."""
@@ -350,7 +352,7 @@ def tiling(tokens: int, rows: int, inputs: int, whole_blocks: bool = False) -> T
     chunk = triton.cdiv(triton.cdiv(inputs, BLOCK), chunks) * BLOCK
     chunks = triton.cdiv(inputs, chunk)
     block_tokens = min(
-        max(16, triton.next_power_of_2(tokens)), 64 if tokens < 256 else _most_tokens()
+        max(_least_tokens(), triton.next_power_of_2(tokens)), 64 if tokens < 256 else _most_tokens()
     )
     block_rows = least if tokens < 256 else BLOCK
     if device.arch().startswith("sm_") and tokens >= 256:  # 64 by 128, what four warps hold
@@ -430,11 +432,10 @@ def _launch(
     tokens, (rows, inputs) = x.shape[0], weight.shape
     fp8, fnuz, quantizes = weight_scale is not None, is_fnuz(), x.dtype == torch.bfloat16
     grid = (triton.cdiv(rows, cut.block_rows), triton.cdiv(tokens, cut.block_tokens))
-    parts_of_sums, arrived = flat, flat
-    if cut.split:
-        size = grid[0] * grid[1] * cut.chunks * cut.block_rows * cut.block_tokens
-        parts_of_sums = torch.empty(size, dtype=torch.float32, device=x.device)
-        arrived = _arrived(x.device)
+    size = grid[0] * grid[1] * cut.chunks * cut.block_rows * cut.block_tokens if cut.split else 1
+    parts_of_sums = torch.empty(size, dtype=torch.float32, device=x.device)
+    # Where programs take all chunks neither is read.
+    arrived = _arrived(x.device) if cut.split else parts_of_sums.view(torch.int32)
     ends = [sum(parts[: i + 1]) for i in range(len(parts))][:2] + [rows, rows]
     codes = torch.uint8 if fnuz else torch.float8_e4m3fn
     amd = device.arch().startswith("gfx")
@@ -455,19 +456,21 @@ def _launch(
         x.stride(0),
         0 if x_scale is None else x_scale.stride(0),
         weight_scale.stride(0) if fp8 else 0,
+        ends[0],
+        ends[1],
+        cut.chunk,
+        cut.chunks,
+        cut.split,
         FP8=fp8,
         QUANTIZE=fp8 and quantizes,
         E8M0=e8m0,
         FNUZ=fp8 and fnuz,
         OUT=out,
-        FIRST=ends[0],
-        SECOND=ends[1],
         BLOCK_ROWS=cut.block_rows,
         BLOCK_TOKENS=cut.block_tokens,
         STEP=BLOCK if fp8 else BLOCK // 2,
-        CHUNK=cut.chunk,
-        CHUNKS=cut.chunks,
-        SPLIT=cut.split,
+        # The scalars of both ways at once are more than gfx942's compiler keeps in registers.
+        SPLIT=cut.split if device.arch() == "gfx942" else None,
         WAIT=amd,
         num_warps=cut.num_warps,
         num_stages=cut.num_stages,

@@ -3,6 +3,8 @@
 Byte floor a token: 2048·h for the queries (bf16 read and written), 1024 for the latent read, 583
 for its slot, 256 for cos and sin. Everything is read and written once, so the kernel moves its
 floor.
+
+Variants: tokens a page holds, heads of a program.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Byte floor of a row of n channels: 2·n read, 2·n for the normed row and 1.03·n for codes and scales,
 those that are asked for; the weight once.
+
+Variants: width as a power of two of its blocks, which outputs are asked for.
 """
 
 from __future__ import annotations

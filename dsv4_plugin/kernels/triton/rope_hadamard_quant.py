@@ -4,6 +4,8 @@ The rotation is a product with a 64-point matrix of ±1, made in registers, and 
 products with ±1 are exact, so only the order of the fp32 sums differs from butterflies all through,
 and the matrix units do it. Byte floor a token of n heads: 256·n for the queries read, 128·n
 written, 8·n for the weights, 256 for cos and sin.
+
+Variants: none.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ The hidden size is cut into 8 segments whose products are added in their order, 
 through memory by eight, which fill the chip in a decode step: a row's logits have the same bits in
 any batch. Byte floor of T rows, E experts, hidden size d: 2·d·E for the gate, 2·d·T for the rows,
 T·topk·12 written; 2·d·E·T operations.
+
+Variants: of the logits few tokens or many, of the choice by score or by the table.
 """
 
 from __future__ import annotations
@@ -110,7 +112,7 @@ def _root_of_softplus(x):
     return tl.where(x < -20.0, tl.exp(0.5 * x), tl.sqrt(tl.maximum(x, 0.0) + log1p))
 
 
-@triton.jit(do_not_specialize=("tokens",))
+@triton.jit(do_not_specialize=("tokens", "parts"))
 def choose_kernel(
     logits,
     bias,
@@ -120,20 +122,21 @@ def choose_kernel(
     experts,
     tokens,
     routed_scaling_factor,
+    parts,
     EXPERTS: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr,
     TOPK: tl.constexpr,
     BLOCK_TOPK: tl.constexpr,
-    PARTS: tl.constexpr,
     HASHED: tl.constexpr,
 ):
-    """Grid (T): the experts of a row and their weights, from `logits` in PARTS sums."""
+    """Grid (T): the experts of a row and their weights, from `logits` in `parts` sums."""
     row = tl.program_id(0).to(tl.int64)
     expert, choice = tl.arange(0, BLOCK_EXPERTS), tl.arange(0, BLOCK_TOPK)
     inside = expert < EXPERTS
     logit = tl.load(logits + row * EXPERTS + expert, mask=inside, other=0.0)
-    for part in range(1, PARTS):
-        logit += tl.load(logits + (part * tokens + row) * EXPERTS + expert, mask=inside, other=0.0)
+    for part in tl.static_range(1, _SEGMENTS):  # loads that are on their way together
+        there = inside & (part < parts)
+        logit += tl.load(logits + (part * tokens + row) * EXPERTS + expert, mask=there, other=0.0)
     score = _root_of_softplus(logit)
     token = tl.load(token_ids + row)
     real = token >= 0
@@ -210,11 +213,11 @@ def route(
         experts,
         tokens,
         routed_scaling_factor,
+        tile.parts,
         EXPERTS=count,
         BLOCK_EXPERTS=triton.next_power_of_2(count),
         TOPK=topk,
         BLOCK_TOPK=triton.next_power_of_2(topk),
-        PARTS=tile.parts,
         HASHED=tid2eid is not None,
         num_warps=1,
     )

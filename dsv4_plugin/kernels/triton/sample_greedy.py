@@ -5,6 +5,8 @@ candidate is one 64-bit number, the logit's order above and the id's complement 
 maximum is all there is, and nothing depends on timing.
 
 Byte floor of a row: 4 for each logit (2 in bf16), 8 written; 16 for each stretch of 8192.
+
+Variants: type of the logits, stretches as a power of two.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ heads alone do not fill the device, the tiles of a token are split over programs
 combines them. Whichever finishes a head rotates its last 64 channels back in registers, before the
 one rounding.
 
+Variants: heads and slots of a tile, whether tokens are split.
+
 Floor of one token in one layer, n slots and h heads: 584 n + 2·1024 h + 256 bytes and 2·1024 n h
 operations.
 """
@@ -49,6 +51,7 @@ _BLOCKS = tl.constexpr(LATENT_DIM // SCALE_BLOCK)
 _NOPE_BLOCKS = tl.constexpr(NOPE_DIM // SCALE_BLOCK)
 # the interpreter cannot multiply bf16
 _DOT = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
+_AT_ONCE = tl.constexpr(8)  # parts of a head that are on their way together
 _NONE = tl.constexpr(-1e30)  # below every logit, and finite, so that differences of it are
 
 
@@ -145,7 +148,7 @@ def _rounded(x, BF16: tl.constexpr):
     return to_bf16(x) if BF16 else x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("compressed_count", "splits", "compressed_page", "compressed_shift"))
 def _attend(
     q_ptr,
     out_ptr,
@@ -162,17 +165,19 @@ def _attend(
     window_page_bytes,
     compressed_page_bytes,
     heads,
+    splits,
+    compressed_page,
+    compressed_shift,
     scale_log2,
-    WINDOW_PAGE: tl.constexpr,
-    COMPRESSED_PAGE: tl.constexpr,
+    WINDOW_SHIFT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     TILES: tl.constexpr,
     PIN: tl.constexpr,
 ):
     """One split of BLOCK_H heads of one token: the output, or its part and base-2 log-sum-exp when
-    SPLITS > 1."""
+    SPLIT."""
     token, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     live = head < heads
@@ -180,10 +185,10 @@ def _attend(
     compressed_slots_ptr += token * compressed_count
     window_tiles = tl.cdiv(window_count, BLOCK_K)
     tiles = window_tiles + _row_tiles(compressed_slots_ptr, compressed_count, BLOCK_K, TILES)
-    share = tl.cdiv(tiles, SPLITS)
+    share = tl.cdiv(tiles, splits)
     start, end = split * share, tl.minimum(split * share + share, tiles)
-    row = (token * heads + head) * SPLITS + split
-    if SPLITS > 1:
+    row = (token * heads + head) * splits + split
+    if SPLIT:
         if start >= end:
             tl.store(lse_ptr + row, tl.full([BLOCK_H], float("-inf"), tl.float32), mask=live)
             return
@@ -207,13 +212,15 @@ def _attend(
             slots_ptr + at, mask=at < tl.where(in_window, window_count, compressed_count), other=-1
         )
         present = slot >= 0
-        slot = tl.maximum(slot, 0)
-        page_slots = tl.where(in_window, WINDOW_PAGE, COMPRESSED_PAGE)
+        slot = tl.maximum(slot, 0).to(tl.int32)
+        shift = tl.where(in_window, WINDOW_SHIFT, compressed_shift)
+        page_slots = tl.where(in_window, 1 << WINDOW_SHIFT, compressed_page)
         page_bytes = tl.where(in_window, window_page_bytes, compressed_page_bytes)
-        page = tl.where(in_window, window_ptr, compressed_ptr) + slot // page_slots * page_bytes.to(
-            tl.int64
+        page = (
+            tl.where(in_window, window_ptr, compressed_ptr)
+            + (slot >> shift).to(tl.int64) * page_bytes
         )
-        slot = slot % page_slots
+        slot = slot & (page_slots - 1)
         data = tl.multiple_of(page + slot * _DATA_BYTES, 16)
         exponents = tl.load(
             (page + (page_slots * _DATA_BYTES + slot * _SCALE_BYTES)).to(tl.pointer_type(tl.int64)),
@@ -240,7 +247,7 @@ def _attend(
         o, amax = updated, new_amax
 
     denominator = tl.sum(total, 1)
-    if SPLITS > 1:
+    if SPLIT:
         some = tl.where(denominator > 0, denominator, 1.0)
         tl.store(
             lse_ptr + row, tl.where(denominator > 0, amax + tl.log2(some), float("-inf")), mask=live
@@ -258,34 +265,37 @@ def _attend(
     for block in tl.static_range(_BLOCKS):
         tl.store(
             out_row + block * _BLOCK,
-            _rounded(o[block] * part[:, None], SPLITS == 1),
+            _rounded(o[block] * part[:, None], not SPLIT),
             mask=live[:, None],
         )
 
 
-@triton.jit
-def combine(part_ptr, lse_ptr, sink_ptr, cos_ptr, sin_ptr, out_ptr, heads, SPLITS: tl.constexpr):
-    """One head of one token from its splits and the sink, rotated back; splits that did not run
-    weigh nothing and are not read."""
+@triton.jit(do_not_specialize=("splits",))
+def combine(
+    part_ptr, lse_ptr, sink_ptr, cos_ptr, sin_ptr, out_ptr, heads, splits, MOST: tl.constexpr
+):
+    """One head of one token from its splits, at most MOST, and the sink, rotated back; splits that
+    did not run weigh nothing and are not read."""
     row, token, head = (
         tl.program_id(0).to(tl.int64),
         tl.program_id(0) // heads,
         tl.program_id(0) % heads,
     )
     cos, sin = load_rotation(cos_ptr, sin_ptr, token, tl.arange(0, _DIM // 2)[None, :], _DIM)
-    lse = tl.load(lse_ptr + row * SPLITS + tl.arange(0, SPLITS))
+    split = tl.arange(0, MOST)
+    lse = tl.load(lse_ptr + row * splits + split, mask=split < splits, other=float("-inf"))
     sink = tl.load(sink_ptr + head) * _LOG2E
     highest = tl.maximum(tl.max(lse, 0), sink)
     denominator = tl.sum(tl.exp2(lse - highest), 0) + tl.exp2(sink - highest)
     column = tl.arange(0, _DIM)[None, :]
     o = tl.zeros([1, _DIM], tl.float32)
-    for split in range(SPLITS):
-        part_lse = tl.load(lse_ptr + row * SPLITS + split)
-        written = tl.where(part_lse > float("-inf"), _DIM, 0)
-        part = tl.load(
-            part_ptr + (row * SPLITS + split) * _DIM + column, mask=column < written, other=0.0
-        )
-        o += part * tl.exp2(part_lse - highest)
+    for first in range(0, splits, _AT_ONCE):
+        for each in tl.static_range(_AT_ONCE):
+            at = row * splits + first + each
+            part_lse = tl.load(lse_ptr + at, mask=first + each < splits, other=float("-inf"))
+            written = tl.where(part_lse > float("-inf"), _DIM, 0)
+            part = tl.load(part_ptr + at * _DIM + column, mask=column < written, other=0.0)
+            o += part * tl.exp2(part_lse - highest)
     tl.store(out_ptr + row * _DIM + column, to_bf16(rotate(o / denominator, cos, -sin)))
 
 
@@ -362,18 +372,20 @@ def launch(
         pages.stride(0),
         compressed_pages.stride(0),
         heads,
+        splits,
+        compressed_cache.slots_per_page,
+        compressed_cache.slots_per_page.bit_length() - 1,
         softmax_scale * LOG2_E,
-        WINDOW_PAGE=window_cache.slots_per_page,
-        COMPRESSED_PAGE=compressed_cache.slots_per_page,
+        WINDOW_SHIFT=window_cache.slots_per_page.bit_length() - 1,
         BLOCK_H=walk.heads,
         BLOCK_K=walk.slots,
-        SPLITS=splits,
+        SPLIT=splits > 1,
         TILES=max(TILES, triton.next_power_of_2(compressed_tiles)),
         **walk.constants,
     )
     if splits > 1:
         combine[(tokens * heads,)](
-            part, lse, sink, cos, sin, out, heads, SPLITS=splits, num_warps=4
+            part, lse, sink, cos, sin, out, heads, splits, MOST=_MAX_SPLITS, num_warps=4
         )
     return out
 

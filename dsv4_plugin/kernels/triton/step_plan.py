@@ -6,6 +6,8 @@ program finds its request by counting the windows of those before it. Rows past 
 padding. Shapes follow from the shapes of the inputs alone, so a step can be captured in a graph and
 its plan refreshed in place.
 
+Variants: the rings and whether a plan may shrink (rows), the ratio (windows).
+
 Byte floor a row: 128 slots read through two tables and written, 128 · (4 + 8 + 8), and some 50; a
 window of W items: 20 · W. Once a step, not once a layer.
 """
@@ -27,7 +29,8 @@ _PAGE = tl.constexpr(layout.PAGE_TOKENS)
 _WINDOW = tl.constexpr(WINDOW)
 _PAGES_A_PROGRAM = 256
 _ENTRIES_A_PROGRAM = 256
-_SCAN = 1024
+_SCAN = 64
+"""Requests that a window's program counts at once, one a lane of its wave."""
 
 
 @triton.jit
@@ -107,7 +110,8 @@ def rows_kernel(
         )
 
 
-@triton.jit
+# once a step: stores of 8 bytes a lane instead of 16 cost less than a compilation for each length
+@triton.jit(do_not_specialize=("pages",))
 def pages_kernel(
     seq_lens, slot_table, table_stride, slot_rows, page_table, pages, BLOCK: tl.constexpr
 ):
@@ -147,7 +151,7 @@ def _window_of(prefix_lens, seq_lens, requests, row, RATIO: tl.constexpr, SCAN: 
     return owner, done, rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("requests",))
 def windows_kernel(
     prefix_lens,
     seq_lens,
@@ -204,7 +208,7 @@ def windows_kernel(
     tl.store(ring_rows + window * ITEMS + item, ring_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("entries",))
 def dense_kernel(
     positions,
     requests,
@@ -348,7 +352,7 @@ def build_step_plan(
                 RATIO=ratio,
                 RING=rings[ratio],
                 ITEMS=ratio * rows.halves,
-                SCAN=min(_SCAN, triton.next_power_of_2(requests)),
+                SCAN=_SCAN,
                 num_warps=1,
             )
     return plan

@@ -10,6 +10,9 @@ the entries it sees, so chunks past those end at once.
 The last selection hands out slots: it turns each number it keeps by the page table, k loads a row,
 where a gather afterwards took a copy of the whole table for every row.
 
+Variants: the last selection by the power of two of its entries, 2048 at least, and by the alignment
+of k; the others are one.
+
 Byte floor of a row: 4 for each entry it sees, 8·k written. A candidate adds 12 bytes, its number is
 read only where it is kept (k = 1024: 0.75 bytes an entry of full chunks, a fifth of the floor).
 """
@@ -27,23 +30,22 @@ from ..strides import require_contiguous, require_dense_rows
 
 _PAGE_ENTRIES = tl.constexpr(INDEX_PAGE_ENTRIES)
 _CHUNK = 16384
-_LEAST_BLOCK = 1024
+_LEAST_BLOCK = 2048
 _LOWEST = tl.constexpr(-(1 << 31))  # below the key of every value
 _ROW = tl.constexpr(32)
 
 
 @triton.jit
-def _ordered(x):
-    """int32 that order as fp32 `x` does, all above _LOWEST; -0 is 0."""
-    bits = x.to(tl.int32, bitcast=True)
+def _ordered(bits):
+    """int32 that order as the fp32 of these `bits` do, all above _LOWEST; -0 is 0."""
     return tl.where(bits < 0, _LOWEST - bits, bits)
 
 
 @triton.jit
-def _candidates(visible, topk, LEVEL: tl.constexpr, CHUNK: tl.constexpr):
-    """Length of a row of `visible` entries after LEVEL selections, each of which keeps `topk` of
+def _candidates(visible, topk, level, CHUNK: tl.constexpr):
+    """Length of a row of `visible` entries after `level` selections, each of which keeps `topk` of
     every CHUNK."""
-    for _ in tl.static_range(LEVEL):
+    for _ in range(level):
         before = tl.maximum(visible - 1, 0) // CHUNK
         visible = before * topk + tl.minimum(visible - before * CHUNK, topk)
     return visible
@@ -89,7 +91,7 @@ def _running(chosen):
 
 # An unknown alignment makes loads one value wide, as scattered stores are: nothing is exchanged
 # between threads for those.
-@triton.jit(do_not_specialize=("stride",))
+@triton.jit(do_not_specialize=("stride", "pages", "level"))
 def topk_select_kernel(
     values,
     numbers,
@@ -102,6 +104,7 @@ def topk_select_kernel(
     request,
     page_table,
     pages,
+    level,
     LEVEL: tl.constexpr,
     FINAL: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -113,12 +116,17 @@ def topk_select_kernel(
 
     With SLOTS the numbers written are the entries' slots by the page table of the row's request.
 
-    `values` are fp32 at LEVEL 0 and the int32 keys of candidates after that.
+    LEVEL is `level`, or None where that is known at run time alone: a whole CHUNK fills the
+    registers of both forms, and more values of fewer levels do not fit.
+
+    `values` are the bits of fp32 at `level` 0 and the int32 keys of candidates after that.
     """
+    if LEVEL is not None:
+        level = LEVEL
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * BLOCK
     length = tl.minimum(
-        _candidates(tl.load(visible + row).to(tl.int32), topk, LEVEL, CHUNK) - begin, BLOCK
+        _candidates(tl.load(visible + row).to(tl.int32), topk, level, CHUNK) - begin, BLOCK
     )
     at = tl.arange(0, BLOCK)
     out = row * out_stride + tl.program_id(1) * topk
@@ -127,7 +135,7 @@ def topk_select_kernel(
         tl.store(out_numbers + out + at, nothing, mask=(at >= length) & (at < topk))
     if length > 0:
         key = tl.load(values + row * stride + begin + at, mask=at < length, other=0)
-        if LEVEL == 0:
+        if level == 0:
             key = _ordered(key)
         key = tl.where(at < length, key, _LOWEST)
         border, count = _border(key, length, topk)
@@ -137,7 +145,7 @@ def topk_select_kernel(
         kept = key >= border
         place = _running(kept) - 1
         number = begin + at
-        if LEVEL > 0:
+        if level > 0:
             number = tl.load(numbers + row * stride + begin + at, mask=kept, other=0)
         if not FINAL:
             tl.store(out_keys + out + place, key, mask=kept)
@@ -157,7 +165,9 @@ def topk_select(logits: Tensor, visible: Tensor, topk: int, plan: StepPlan | Non
     out = torch.empty(tokens, topk, dtype=torch.int64, device=logits.device)
     if not out.numel():
         return out
-    values, numbers, level = logits, out, 0
+    # At level 0 an entry's number is its place: `numbers` are not read.
+    values = numbers = logits.view(torch.int32)
+    level = 0
     tables = (
         (out, out, 0)
         if plan is None
@@ -177,6 +187,7 @@ def topk_select(logits: Tensor, visible: Tensor, topk: int, plan: StepPlan | Non
             kept_keys.stride(0),
             topk,
             *tables,
+            level,
             LEVEL=level,
             FINAL=False,
             CHUNK=_CHUNK,
@@ -196,7 +207,8 @@ def topk_select(logits: Tensor, visible: Tensor, topk: int, plan: StepPlan | Non
         out.stride(0),
         topk,
         *tables,
-        LEVEL=level,
+        level,
+        LEVEL=level if block == _CHUNK else None,
         FINAL=True,
         CHUNK=_CHUNK,
         BLOCK=block,

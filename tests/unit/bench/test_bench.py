@@ -157,6 +157,20 @@ class TestSweep:
         assert (unsteady["tput_per_gpu"], unsteady["unstable"]) == (55, True)  # 10/55 is above 4 %
         assert load_results([tmp_path])[0][0].points[1].note == "3 runs within 18.2 %; UNSTABLE"
 
+    @pytest.mark.parametrize(
+        ("lengths", "length", "apart"),
+        [((None, None), None, None), ((3.0,), 3.0, None), ((2.0, 4.0, 2.5), 2.5, 0.8)],
+    )
+    def test_says_how_many_drafted_tokens_a_verification_gives(
+        self, tmp_path, lengths, length, apart
+    ):
+        values = iter(lengths)
+        machine = Machine(lambda load: figures(accept_length=next(values)))
+        loads = [Load.closed(1, WORKLOAD)]
+        (result,) = sweep(machine.open, loads, Store(tmp_path, {}), len(lengths), Progress())
+        assert (result["accept_length"], result["accept_length_spread"]) == (length, apart)
+        assert ("tokens a verification" in line("conc-1", result, False)) == bool(length)
+
     def test_a_finished_point_is_not_run_again(self, tmp_path):
         loads = [Load.closed(1, WORKLOAD), Load.closed(2, WORKLOAD)]
         first = Machine(lambda load: figures())
@@ -539,7 +553,10 @@ class TestClient:
         (["http://127.0.0.1:9", "--conc", "1", "--offline", "5"], "give one of them"),
         (["http://127.0.0.1:9", "--repeat", "0"], "--repeat is 0"),
         (["http://127.0.0.1:9", "--ablate"], "--ablate starts servers of its own"),
-        (["--recipe", "mi355x-pro-dp8-throughput"], "not served by this version: --attn-dp-size"),
+        (
+            ["--recipe", "mi355x-pro-tp8-mtp", "--arm", "dp"],
+            "not served by this version: --speculative-algorithm",
+        ),
         (
             ["--recipe", "mi355x-pro-disaggregated", "--arm", "router"],
             "one of several servers that run together",

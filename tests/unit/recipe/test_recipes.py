@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -65,6 +66,7 @@ def test_what_ships():
         "mi300x-flash-fp8-tp8",
         "mi325x-pro-fp8-tp8",
         "h200-pro-tp8",
+        "cpu-disaggregated",
         "cpu-tiny",
         "mi355x-pro-tp8-mtp",
         "mi355x-pro-disaggregated",
@@ -275,6 +277,26 @@ class TestAgainstTheInstalledHost:
         shown = capsys.readouterr().out
         assert all(f"{recipe.name}: ok" in shown for recipe in SHIPPED)
 
+    @pytest.mark.thorough
+    @pytest.mark.timeout(1800)  # seven seconds an arm where nothing else runs
+    def test_every_recipe_with_replicas_passes_where_the_host_sees_an_mi355x(self):
+        """The host's branches for ROCm are taken; the arms of the article's points with
+        data-parallel attention are among them."""
+        names = [
+            recipe.name
+            for recipe in SHIPPED
+            if recipe.gpu == "MI355X"
+            and any("attn-dp-size" in arm.arguments for arm in recipe.arms if not arm.not_served)
+        ]
+        assert sum("-pro-2026-" in name for name in names) == 5
+        script = Path(__file__).with_name("pretended_mi355x.py")
+        checked = subprocess.run(
+            [sys.executable, str(script), *names], capture_output=True, text=True, timeout=1700
+        )
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+        assert checked.stdout.splitlines()[0] == "ROCm True gfx95 True"
+        assert all(f"{name}: ok\n" in checked.stdout for name in names)
+
     @pytest.mark.parametrize(
         "arguments, message",
         [
@@ -361,7 +383,8 @@ class TestAgainstTheInstalledHost:
     @pytest.mark.parametrize(
         "arguments, mark, complaint",
         [
-            ({"attn-dp-size": 8}, None, "this version refuses to start it (--attn-dp-size"),
+            ({"attn-cp-size": 8}, None, "this version refuses to start it (--attn-cp-size"),
+            ({"attn-dp-size": 8}, None, None),
             (
                 {
                     "speculative-algorithm": "EAGLE",
@@ -373,17 +396,17 @@ class TestAgainstTheInstalledHost:
                 "this version refuses to start it (--speculative-algorithm",
             ),
             (
-                {"disaggregation-mode": "prefill"},
+                {"disaggregation-mode": "prefill", "attn-dp-size": 2, "tp-size": 2},
                 None,
                 "this version refuses to start it (--disaggregation-mode",
             ),
-            ({}, "--attn-dp-size", "this version would start it; remove the mark"),
+            ({}, "--attn-cp-size", "this version would start it; remove the mark"),
             (
-                {"attn-dp-size": 8},
+                {"attn-cp-size": 8},
                 "--speculative-algorithm",
-                "does not name what is refused: --attn-dp-size",
+                "does not name what is refused: --attn-cp-size",
             ),
-            ({"attn-dp-size": 8}, "--attn-dp-size (data-parallel attention)", None),
+            ({"attn-cp-size": 8}, "--attn-cp-size (context parallelism)", None),
             ({}, None, None),
         ],
     )
@@ -406,24 +429,24 @@ class TestAgainstTheInstalledHost:
         path = recipe_file(
             arms={
                 "tp": {"concurrency": [1]},
-                "dp": {
+                "cp": {
                     "concurrency": [64],
-                    "arguments": {"attn-dp-size": 8},
-                    "not_served": "--attn-dp-size (data-parallel attention)",
+                    "arguments": {"attn-cp-size": 8},
+                    "not_served": "--attn-cp-size (context parallelism)",
                 },
             }
         )
         assert main(["recipe", "list", "--dir", str(path.parent)]) == 0
         out = capsys.readouterr().out
-        assert "[not served by this version: arm dp: --attn-dp-size (data-parallel attention)]" in (
+        assert "[not served by this version: arm cp: --attn-cp-size (context parallelism)]" in (
             " ".join(out.split())
         )
         assert max(map(len, out.splitlines())) <= 80
         assert main(["recipe", "show", str(path)]) == 0
-        assert "# not served by this version: --attn-dp-size" in capsys.readouterr().out
-        assert main(["recipe", "run", str(path), "--arm", "dp"]) == 2
+        assert "# not served by this version: --attn-cp-size" in capsys.readouterr().out
+        assert main(["recipe", "run", str(path), "--arm", "cp"]) == 2
         assert (
-            "arm dp: not served by this version: --attn-dp-size (data-parallel attention)"
+            "arm cp: not served by this version: --attn-cp-size (context parallelism)"
             in capsys.readouterr().err
         )
 

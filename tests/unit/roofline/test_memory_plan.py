@@ -98,11 +98,18 @@ def test_pro_by_hand():
     assert plan.weight_bytes / 1e9 == pytest.approx(109.5, abs=0.1)
 
 
-def test_rings_double_under_speculation():
-    plain = memory_plan(PRO, Layout(8), 288e9)
-    taken_back = memory_plan(PRO, Layout(8), 288e9, speculative=True)
-    assert taken_back.request == 2 * plain.request
-    assert taken_back.token - plain.token == pytest.approx(0.1 * 30 * 8 * 4 * 2560 / 256)
+def test_a_draft_costs_rings_windows_and_logits():
+    """Rings of 16 and 256 rows, a window a stage, and the logits of six rows a request beside the
+    five that were drafted."""
+    geometry = load_geometry("pro-0813")
+    plain = memory_plan(geometry, Layout(8), 288e9)
+    drafting = memory_plan(geometry, Layout(8), 288e9, draft=True)
+    assert drafting.request == 2 * plain.request
+    more = 30 * 8 * 4 * 2560 / 256 + 3 * 149760 / 256
+    assert drafting.token - plain.token == pytest.approx(0.1 * more)
+    row = 256 * 129280 * 4
+    assert drafting.workspace["logits"] == pytest.approx(6 * row / 8)
+    assert drafting.workspace_bytes - plain.workspace_bytes == pytest.approx(5 * row / 8 + 5 * row)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Kernels in TileLang (pip install tilelang==0.1.12); `build` compiles and launches them."""

@@ -1,0 +1,2 @@
+// TileLang includes it and takes nothing from it for CDNA.
+#pragma once
