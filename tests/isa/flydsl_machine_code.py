@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
+sys.modules.pop("flydsl", None)  # tests/conftest.py bars it from all other processes
 pytest.importorskip("flydsl", reason="FlyDSL is not installed: pip install 'dsv4_plugin[flydsl]'")
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 

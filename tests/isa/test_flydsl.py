@@ -30,9 +30,7 @@ def test_sglang_beside_it_is_refused_in_a_sentence():
     pytest.importorskip("sglang")
     if device.package_version("nvidia-cutlass-dsl") is None:
         pytest.skip("nvidia-cutlass-dsl is not installed")
-    program = (
-        "import sglang.srt.configs.model_config\nimport dsv4_plugin.kernels.flydsl.expert_kernels"
-    )
+    program = "import sglang.srt.configs.model_config\nimport dsv4_plugin.kernels.flydsl.moe"
     ended = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
     )

@@ -11,16 +11,7 @@ Byte floor of a block: 0.53 bytes a weight, 1.01 an input of each row, what it w
 """
 
 # FlyDSL reads annotations as the types they are: no `from __future__ import annotations` here.
-import sys
-
-if "cutlass._mlir" in sys.modules:
-    raise ImportError(  # two bindings of MLIR abort their process, with no exception
-        "this process loaded nvidia-cutlass-dsl, whose MLIR cannot be beside FlyDSL's;"
-        " pip uninstall nvidia-cutlass-dsl, which no AMD GPU needs"
-    )
-
-import flydsl.compiler as flyc
-import flydsl.expr as fx
+from .language import flyc, fx
 
 ROWS = 16
 """Of a block."""

@@ -9,10 +9,8 @@ Byte floor of a block: 1 byte a weight, 1.01 an input of each row, what it write
 """
 
 # FlyDSL reads annotations as the types they are: no `from __future__ import annotations` here.
-import flydsl.compiler as flyc
-import flydsl.expr as fx
-
 from .expert_kernels import ROWS, WAVES, Shared, buffer, expert_buffer, hidden, write_hidden
+from .language import flyc, fx
 
 _STEP = 128
 _WORD = 4

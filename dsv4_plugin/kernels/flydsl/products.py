@@ -1,12 +1,11 @@
 """The launch of an expert's products, whichever kernel makes them."""
 
 # FlyDSL reads annotations as the types they are: no `from __future__ import annotations` here.
-import flydsl.compiler as flyc
-import flydsl.expr as fx
 
 from . import expert_kernels, row_kernels
 from .expert_kernels import WAVES, expert_kernel
 from .fp8_kernels import expert_fp8_kernel
+from .language import flyc, fx
 from .row_kernels import expert_rows_kernel
 
 FEW_ROWS, MANY_ROWS, FP8 = range(3)

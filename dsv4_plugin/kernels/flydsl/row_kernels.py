@@ -12,10 +12,8 @@ Byte floor of a block: 0.53 bytes a weight, 1.01 an input of each row, what it w
 """
 
 # FlyDSL reads annotations as the types they are: no `from __future__ import annotations` here.
-import flydsl.compiler as flyc
-import flydsl.expr as fx
-
 from .expert_kernels import WAVES, buffer, expert_buffer, hidden, times, write_hidden
+from .language import flyc, fx
 
 ROWS = 64
 """Of a block."""
