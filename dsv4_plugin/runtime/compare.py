@@ -182,9 +182,11 @@ def _index_queries(result: tuple[Tensor, Tensor], a: dict[str, Any]) -> dict[str
 
 def _seen_logits(result: Tensor, a: dict[str, Any]) -> dict[str, Tensor]:
     entries = torch.arange(result.shape[1], device=result.device)
-    return {
-        "logits": result.masked_fill(entries >= a["plan"].visible(4).unsqueeze(-1), float("-inf"))
-    }
+    unseen = entries >= a["plan"].visible(4).unsqueeze(-1)
+    # The terms of a logit cancel and their roundings do not: a column says how large they are.
+    sums = OPERATORS["indexer_logits"].reference(**a | {"weights": a["weights"].abs()})
+    size = sums.masked_fill(unseen, 0.0).norm(dim=1, keepdim=True)
+    return {"logits": torch.cat([result.masked_fill(unseen, float("-inf")), size], 1)}
 
 
 def _routed(result: tuple[Tensor, Tensor], a: dict[str, Any]) -> dict[str, Tensor]:

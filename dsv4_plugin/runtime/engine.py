@@ -68,7 +68,7 @@ class Engine:
         self._window_pages = Pages(pages, None if page_seed is None else page_seed + 1)
         self._rows = list(range(max_requests, 0, -1))
         self._slots = torch.zeros(
-            max_requests + 1, pages * PAGE_TOKENS, dtype=torch.int64, device=self.device
+            max_requests + 1, pages * PAGE_TOKENS, dtype=torch.int32, device=self.device
         )
         self._full_to_window = torch.zeros(
             pages * PAGE_TOKENS, dtype=torch.int64, device=self.device
@@ -151,7 +151,7 @@ class Engine:
         return build_step_plan(
             position,
             request,
-            self._slots[row[request], position],
+            self._slots[row[request], position].to(torch.int64),
             prefix,
             lens,
             self._slots,

@@ -194,7 +194,8 @@ def advance(model: DeepseekV4, rows: int, requests: int, context: int, load: Loa
     plan = step_plan(rows, requests, context, load)
     made, taps = caches(model.geometry, load), [] if load.draft else None
     streams = model(_numbers(rows), plan, made, taps)
-    model.logits(model.collapse(streams[:requests]))
+    for wanted in {requests, rows}:  # every row where a prompt's log-probabilities are asked for
+        model.logits(model.collapse(streams[:wanted]))
     _choose(model, requests)
     if taps is not None:
         model.mtp.write_context(torch.cat(taps, -1), plan.position, plan.window_write, made)
