@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+from pathlib import Path
 
 CPU = "cpu"
 
@@ -53,3 +54,9 @@ def package_version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "unknown" if importlib.util.find_spec(name) else None
+
+
+def host_caches() -> Path:
+    """The folder where SGLang has compilers keep what they compile, each in a folder of its name,
+    whose own variable is not set (`third_party_cache_defaults` in its environ.py)."""
+    return Path(os.environ.get("SGLANG_CACHE_DIR") or "~/.cache/sglang").expanduser().absolute()

@@ -1,6 +1,6 @@
 """Compile the kernels of a server ahead, for a GPU that need not be here: MODEL, `pro` or `flash`.
 
-They go into Triton's cache, where `dsv4 serve` finds them: it then compiles nothing. What was built
+They go into the cache where a server finds them: it then compiles nothing. What was built
 can be packed into an archive and taken in by another machine with the same versions.
 """
 
@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft", action="store_true", help="of a server that uses the model's DSpark draft"
     )
-    parser.add_argument("--out", metavar="DIR", help="cache to build in (default: Triton's own)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="cache to build in (default: where a server here looks)"
+    )
     archive = parser.add_mutually_exclusive_group()
     archive.add_argument("--pack", metavar="FILE", help="then write what was built to an archive")
     archive.add_argument("--unpack", metavar="FILE", help="take an archive in; MODEL is left out")

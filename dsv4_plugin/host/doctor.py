@@ -232,7 +232,7 @@ def _implementations() -> Iterator[Check]:
 
 
 def _cache_directories() -> dict[str, Path]:
-    base = Path(os.environ.get("SGLANG_CACHE_DIR") or "~/.cache/sglang").expanduser()
+    base = device.host_caches()
     variables = {
         "triton": ("TRITON_CACHE_DIR", base / "triton"),
         "tilelang": ("TILELANG_CACHE_DIR", base / "tilelang"),
@@ -242,7 +242,7 @@ def _cache_directories() -> dict[str, Path]:
     found = {
         name: Path(os.environ.get(variable) or default)
         for name, (variable, default) in variables.items()
-        if device.package_version(name) is not None
+        if device.package_version("amd-aiter" if name == "aiter" else name) is not None
     }
     return {"sglang": base, **found}
 

@@ -20,10 +20,12 @@ def register() -> None:
     try:
         if not flags.enabled("DSV4_PLUGIN"):
             return
+        from ..runtime import kernel_cache
         from . import kernels  # noqa: F401  all operators' implementations, the values of flags
 
         flags.check()
         flags.adopt()
+        kernel_cache.point_languages()
         version.check()
         end_if_orphaned()
         from .ledger import take

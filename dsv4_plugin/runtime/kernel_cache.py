@@ -41,10 +41,21 @@ _SOURCES = (
 
 
 def root(given: str | None = None) -> Path:
-    """The cache that Triton uses here, or `given`."""
+    """The cache that Triton uses in a server here, or `given`."""
     from triton import knobs
 
+    if given is None and "TRITON_CACHE_DIR" not in os.environ and device.package_version("sglang"):
+        return device.host_caches() / "triton"
     return Path(given or knobs.cache.dir).expanduser().absolute()
+
+
+def point_languages() -> None:
+    """Has other languages than Triton look where `build` puts their kernels, those whose variable
+    the user did not set: before they are imported."""
+    places = languages.places(root()) if languages.named() else {}
+    for variable, place in places.items():
+        if os.environ.get(variable) in (None, str(device.host_caches() / Path(place).name)):
+            os.environ[variable] = place
 
 
 def sources() -> str:
@@ -78,6 +89,8 @@ class Manifest:
     ep: int
     load: dict[str, int]
     versions: dict[str, str] = field(default_factory=versions)
+    choices: dict[str, str] = field(default_factory=languages.choices)
+    """Implementations that flags named, by operator."""
     kernels: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     format: int = FORMAT
@@ -102,7 +115,7 @@ class Manifest:
     @classmethod
     def of(cls, text: str, where: str) -> Manifest:
         try:
-            manifest = cls(**json.loads(text))
+            manifest = cls(**{"choices": {}} | json.loads(text))
         except (TypeError, ValueError) as error:
             raise BuildError(f"{where} is no manifest of a build: {error}") from None
         if manifest.format != FORMAT:
@@ -148,7 +161,8 @@ def built_ahead(model: str, arch: str, tp: int, ep: int) -> int:
         before = Manifest.read(root() / expected.name)
     except (BuildError, OSError):
         return 0
-    return len(before.kernels) if before.versions == expected.versions else 0
+    same = (before.versions, before.choices) == (expected.versions, expected.choices)
+    return len(before.kernels) if same else 0
 
 
 class Built(NamedTuple):
@@ -232,11 +246,8 @@ def build(
             if (
                 whole
                 and not damaged
-                and (before.versions, before.load)
-                == (
-                    manifest.versions,
-                    manifest.load,
-                )
+                and before.versions == manifest.versions
+                and (before.choices, before.load) == (manifest.choices, manifest.load)
             ):
                 return Built(before, 0, 0, time.perf_counter() - started)
         expected, others = _expected(manifest, geometry, load)

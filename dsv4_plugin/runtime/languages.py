@@ -1,8 +1,8 @@
-"""Kernels that TileLang or FlyDSL compiles and not Triton, where a flag names them: which variants
-a server meets, and how they get into the caches where those look for them.
+"""Kernels that TileLang, FlyDSL or aiter compiles and not Triton, where a flag names them: which
+variants a server meets, and how they get into the caches where those look for them.
 
-Both caches lie beside Triton's kernels. Each language compiles in a process of its own: FlyDSL's
-MLIR ends a process that has another one.
+The caches lie beside Triton's kernels. Each compiler has a process of its own: FlyDSL's MLIR ends a
+process that has another one.
 """
 
 from __future__ import annotations
@@ -25,9 +25,19 @@ from unittest import mock
 import torch
 
 from .. import device, flags
+from ..kernels.aiter import MODULES
+from ..ops.operator import AUTO, OPERATORS, Implementation
+from . import code_object
 
-DIRECTORIES = {"tilelang": "TILELANG_CACHE_DIR", "flydsl": "FLYDSL_RUNTIME_CACHE_DIR"}
-"""The variable that says where a language keeps what it compiles."""
+DIRECTORIES = {
+    "tilelang": "TILELANG_CACHE_DIR",
+    "flydsl": "FLYDSL_RUNTIME_CACHE_DIR",
+    "aiter": "AITER_JIT_DIR",
+}
+"""The variable that says where a language keeps what it compiles. aiter's modules, in HIP, count as
+one: each is compiled when it is first called."""
+_PACKAGES = {"aiter": "amd-aiter"}
+"""Whose name is not the language's."""
 
 
 class BuildError(RuntimeError):
@@ -73,13 +83,23 @@ class Variant:
 
 def named() -> list[str]:
     """The languages that flags name and that are installed."""
-    wanted = {flags.implementation(name).value for name in flags.OPERATORS}
-    return [name for name in DIRECTORIES if name in wanted and device.package_version(name)]
+    return [name for name in DIRECTORIES if name in choices().values() and version(name)]
+
+
+def choices() -> dict[str, str]:
+    """The implementations that flags name, by operator."""
+    found = {name: flags.implementation(name).value for name in flags.OPERATORS}
+    return {name: value for name, value in found.items() if value != AUTO}
+
+
+def version(language: str) -> str | None:
+    """Of the package that is installed, or None."""
+    return device.package_version(_PACKAGES.get(language, language))
 
 
 def versions() -> dict[str, str]:
     """Of the languages that flags name."""
-    return {name: device.package_version(name) or "absent" for name in named()}
+    return {name: version(name) or "absent" for name in named()}
 
 
 def directory(language: str, cache: Path) -> Path:
@@ -102,7 +122,11 @@ def recording(meet: Callable[[Variant], None]) -> Iterator[None]:
             seen.add(variant)
             meet(variant)
 
-    recorders = {"tilelang": _recording_tilelang, "flydsl": _recording_flydsl}
+    recorders = {
+        "tilelang": _recording_tilelang,
+        "flydsl": _recording_flydsl,
+        "aiter": _recording_aiter,
+    }
     with ExitStack() as stack:
         for language in named():
             stack.enter_context(recorders[language](note))
@@ -136,6 +160,25 @@ def _recording_flydsl(note: Callable[[Variant], None]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _recording_aiter(note: Callable[[Variant], None]) -> Iterator[None]:
+    """The modules of every operator that is to run in aiter; the reference stands in for it."""
+    load = Implementation.load
+
+    def loaded(implementation: Implementation) -> Callable[..., Any]:
+        if implementation.packages != ("amd-aiter",):
+            return load(implementation)
+        operator = next(
+            each for each in OPERATORS.values() if implementation in each.implementations.values()
+        )
+        for module in MODULES[operator.name]:
+            note(Variant("aiter", "aiter", module, ()))
+        return operator.reference
+
+    with mock.patch.object(Implementation, "load", loaded):
+        yield
+
+
 def _placeholder(parameter: inspect.Parameter, value: Any) -> Any:
     """What stands for an argument of a FlyDSL launcher: itself where it makes a variant."""
     if isinstance(value, torch.Tensor):
@@ -161,16 +204,21 @@ def _compile(language: str, variants: Sequence[Variant], arch: str, cache: Path)
     """The kernels of one language, in a process of its own."""
     place = directory(language, cache)
     place.mkdir(parents=True, exist_ok=True)
-    compilers = {"tilelang": _tilelang, "flydsl": _flydsl}
-    compiled = compilers[language](arch, place)
+    compilers = {"tilelang": _tilelang, "flydsl": _flydsl, "aiter": _aiter}
+    try:
+        compiled = compilers[language](arch, place)
+    except ImportError as error:
+        raise BuildError(f"{language} does not load: {error}") from None
     return [_one(variant, compiled, arch, cache) for variant in variants]
 
 
-def _one(variant: Variant, compiled: Callable[[Variant], Path], arch: str, cache: Path) -> Kernel:
+def _one(
+    variant: Variant, compiled: Callable[[Variant], tuple[Path, bytes]], arch: str, cache: Path
+) -> Kernel:
     before = set(directory(variant.language, cache).rglob("*"))
     started = time.perf_counter()
     try:
-        path = compiled(variant)
+        path, code = compiled(variant)
     except Exception as error:
         raise BuildError(f"{variant.name} does not compile for {arch}: {error}") from None
     seconds = time.perf_counter() - started
@@ -181,13 +229,13 @@ def _one(variant: Variant, compiled: Callable[[Variant], Path], arch: str, cache
         str(folder.relative_to(cache)),
         not before.issuperset(files),
         seconds,
-        {},
+        code_object.facts(code),
         () if whole else (path.name,),
         variant.language,
     )
 
 
-def _tilelang(arch: str, place: Path) -> Callable[[Variant], Path]:
+def _tilelang(arch: str, place: Path) -> Callable[[Variant], tuple[Path, bytes]]:
     os.environ[DIRECTORIES["tilelang"]] = str(place)
     from ..kernels.tilelang import build
 
@@ -196,29 +244,50 @@ def _tilelang(arch: str, place: Path) -> Callable[[Variant], Path]:
     if arch.startswith("gfx") and shutil.which("hipcc") is None:
         build.compile_without_rocm(arch)
 
-    def compiled(variant: Variant) -> Path:
+    def compiled(variant: Variant) -> tuple[Path, bytes]:
         module = importlib.import_module(variant.module)
         kernel = next(
             each
             for each in vars(module).values()
             if isinstance(each, build.Kernel) and each.name == variant.name
         )
-        return Path(kernel.load(arch, **dict(variant.arguments))._tilelang_cache_path)
+        path = Path(kernel.load(arch, **dict(variant.arguments))._tilelang_cache_path)
+        return path, (path / "executable.so").read_bytes()
 
     return compiled
 
 
-def _flydsl(arch: str, place: Path) -> Callable[[Variant], Path]:
+def _flydsl(arch: str, place: Path) -> Callable[[Variant], tuple[Path, bytes]]:
     from ..kernels.flydsl import build
 
     build.compile_only(arch, place)
 
-    def compiled(variant: Variant) -> Path:
+    def compiled(variant: Variant) -> tuple[Path, bytes]:
         launcher = getattr(importlib.import_module(variant.module), variant.name)
         arguments = {
             name: value.make() if isinstance(value, Empty) else value
             for name, value in variant.arguments
         }
         return build.compiled(launcher, **arguments)
+
+    return compiled
+
+
+def _aiter(arch: str, place: Path) -> Callable[[Variant], tuple[Path, bytes]]:
+    """Modules by aiter's own build, into the folder where it looks for them."""
+    os.environ.update({DIRECTORIES["aiter"]: str(place), "GPU_ARCHS": arch})
+    from aiter.jit import core
+
+    known = inspect.signature(core.build_module).parameters
+
+    def compiled(variant: Variant) -> tuple[Path, bytes]:
+        path = place / f"{variant.name}.so"
+        if not path.exists():
+            given = core.get_args_of_build(variant.name)
+            if not given["srcs"]:
+                raise BuildError(f"aiter {version('aiter')} has no such module")
+            words = {name: value for name, value in given.items() if name in known}
+            core.build_module(**words | {"md_name": variant.name})
+        return path, path.read_bytes()
 
     return compiled

@@ -39,6 +39,7 @@ from ..ops import operator as selection
 from ..ops.sample_greedy import sample_greedy
 from ..ops.step_plan import build_draft_plan, build_step_plan
 from ..parallel import Parallel, layout
+from . import code_object
 from .languages import BuildError, Kernel, Variant, recording
 
 
@@ -305,7 +306,7 @@ def _each_variant(
             seen.add(key)
             meet(len(seen) - 1, kernel, *args, grid=grid, **kwargs)
 
-    with torch.inference_mode(), _believing_in(arch, launch), recording(meet_other):
+    with torch.inference_mode(), recording(meet_other), _believing_in(arch, launch):
         parts = "all" if load.draft else "backbone"
         short = shortened(geometry, load.draft)
         model = DeepseekV4(short, Precision.SERVING, parallel, "meta", parts=parts)
@@ -377,11 +378,6 @@ def folder_of(key: str) -> str:
 
 
 def _resources(compiled: Any) -> dict[str, int]:
-    """Registers, spills and local memory of a compiled kernel, where its listing says them."""
-    listing = compiled.asm.get("amdgcn", "")
-    found = {"local_bytes": compiled.metadata.shared}
-    for line in listing.splitlines():
-        name, _, value = line.strip().partition(":")
-        if name in (".vgpr_count", ".vgpr_spill_count", ".private_segment_fixed_size"):
-            found[name.lstrip(".")] = int(value)
-    return found
+    """Registers, spills and local memory of a compiled kernel, where its code says them."""
+    code = compiled.asm.get("hsaco", b"")
+    return {"local_bytes": compiled.metadata.shared} | code_object.facts(code)

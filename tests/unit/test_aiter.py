@@ -196,3 +196,11 @@ def test_the_head_of_a_split_vocabulary(aiter):
         gathered = iter([torch.stack(both) for both in sent])
         got = run(shares[rank], Group(rank, 2, all_gather=lambda _, each=gathered: next(each)))
         assert torch.equal(got, OPERATORS["sample_greedy"].reference(logits))
+
+
+def test_modules_are_named_for_every_operator():
+    from dsv4_plugin.kernels.aiter import MODULES
+
+    assert set(MODULES) == {
+        name for name, each in OPERATORS.items() if "aiter" in each.implementations
+    }

@@ -197,6 +197,7 @@ def test_other_languages_are_built_packed_and_found(built, tmp_path):
         ("flydsl", "expert_product"),  # down
         ("tilelang", "mhc_post_kernel"),
     ]
+    assert all(each["vgpr_count"] > 0 and each["vgpr_spill_count"] == 0 for each in others)
     assert main(["build", "--unpack", str(archive), "--out", str(elsewhere)]) == 0
     (elsewhere / name).unlink()  # so that every kernel is looked for
     assert " 0 of them compiled now" in build(elsewhere, **flags).stdout
@@ -206,6 +207,50 @@ def test_other_languages_are_built_packed_and_found(built, tmp_path):
         os.truncate(path, path.stat().st_size // 2)
     said = build(cache, **flags).stdout
     assert " 3 of them compiled now" in said and "3 were damaged" in said
+
+
+AITER = """
+import os
+from pathlib import Path
+def get_args_of_build(ops_name, exclude=None):
+    known = {"module_mhc", "module_quant"}
+    sources = [f"csrc/{ops_name}.cu"] if ops_name in known else []
+    return {"srcs": sources, "md_name": "", "verbose": False, "hip_clang_path": None}
+def build_module(md_name, srcs, verbose):
+    text = f"{os.environ['GPU_ARCHS']} {srcs}"
+    (Path(os.environ["AITER_JIT_DIR"]) / f"{md_name}.so").write_text(text)
+"""
+"""The part of aiter's jit/core.py that builds its modules, which needs ROCm: names and meaning of
+arguments as there, at commit 02434470."""
+
+
+@pytest.fixture
+def aiter(tmp_path, monkeypatch):
+    """Puts a package with that part, and nothing else, where every process finds it."""
+    place = tmp_path / "site"
+    (place / "aiter" / "jit").mkdir(parents=True)
+    for name in ("__init__.py", "jit/__init__.py"):
+        (place / "aiter" / name).touch()
+    (place / "aiter" / "jit" / "core.py").write_text(AITER)
+    facts = place / "amd_aiter-0.1.14.dist-info" / "METADATA"
+    facts.parent.mkdir()
+    facts.write_text("Metadata-Version: 2.1\nName: amd-aiter\nVersion: 0.1.14\n")
+    monkeypatch.setenv("PYTHONPATH", str(place))
+
+
+def test_aiter_builds_its_modules_where_a_flag_names_it(built, tmp_path, aiter):
+    cache = tmp_path / "kernels"
+    shutil.copytree(built[0], cache)
+    ran = build(cache, "--json", DSV4_MHC_PRE="aiter")
+    assert ran.returncode == 0, ran.stderr
+    manifest = json.loads(ran.stdout)
+    modules = [each for each in manifest["kernels"] if each["language"] == "aiter"]
+    assert [each["name"] for each in modules] == ["module_mhc", "module_quant"]
+    assert manifest["versions"]["aiter"] == "0.1.14"
+    assert (cache / "aiter" / "module_mhc.so").read_text() == "gfx950 ['csrc/module_mhc.cu']"
+    ran = build(cache, DSV4_SAMPLE_GREEDY="aiter")
+    assert ran.returncode == 2
+    assert "module_sample does not compile for gfx950: aiter 0.1.14 has no such" in ran.stderr
 
 
 def changed(archive: Path, name: str, content: bytes) -> None:

@@ -13,6 +13,18 @@ from typing import Any
 
 from ...device import package_version
 
+MODULES = {
+    "block_fp8_linear": ("module_gemm_a8w8_blockscale", "module_quant"),
+    "mhc_pre": ("module_mhc", "module_quant"),
+    "mhc_post": ("module_mhc",),
+    "mhc_post_pre": ("module_mhc", "module_quant"),
+    "rms_norm_quant": ("module_fused_qk_rmsnorm_group_quant",),
+    "rope_hadamard_quant": ("module_dsv4_rotate_quant",),
+    "sample_greedy": ("module_sample",),
+    "sparse_mla": (),
+}
+"""Modules that aiter compiles for an operator, by its `compile_ops`; attention is in Gluon."""
+
 
 def require_arguments(function: Callable[..., Any], *names: str) -> None:
     """Raises ImportError unless `function` of aiter takes arguments of these names: aiter is built

@@ -7,6 +7,7 @@ This module does not import FlyDSL, which reads its environment when it is impor
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -42,9 +43,16 @@ def compile_only(arch: str, cache: Path | None = None) -> None:
         os.environ["FLYDSL_RUNTIME_CACHE_DIR"] = str(cache)
 
 
-def compiled(launcher: Any, **arguments: Any) -> Path:
-    """The file of a variant in the cache, compiled or found there. Tensors among the `arguments`
-    say dtype and dimensions, and may be empty."""
+def compiled(launcher: Any, **arguments: Any) -> tuple[Path, bytes]:
+    """(the file of a variant in the cache, compiled or found there, its machine code among other
+    things). Tensors among the `arguments` say dtype and dimensions, and may be empty."""
     launcher(**arguments)
-    key = next(reversed(launcher._mem_cache))
-    return launcher.cache_manager._cache_file(launcher._cache_key_to_str(key))
+    key, artifact = next(reversed(launcher._mem_cache.items()))
+    path = launcher.cache_manager._cache_file(launcher._cache_key_to_str(key))
+    # MLIR writes what is not printable as a backslash and two hexadecimal digits
+    code = re.sub(
+        rb"\\([0-9A-F]{2})",
+        lambda byte: bytes.fromhex(byte[1].decode()),
+        artifact._ir_text.encode(),
+    )
+    return path, code
