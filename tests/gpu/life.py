@@ -1,6 +1,9 @@
 """A short life of one rank of Pro on the GPU that is here, with one layer of each kind: prefills of
 ragged lengths, then decode steps up to the longest context. Prints the kernels that were found in
-Triton's cache and, by name, those that had to be compiled."""
+Triton's cache and, by name, those that had to be compiled.
+
+    python tests/gpu/life.py '{"chunk": 2048, "requests": 64, "context": 1048576}'
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,13 @@ PREFILLS = [(1,), (2,), (5, 3), (17, 1, 40), (64, 64), (100,), (257, 3, 9, 120),
 BATCHES = [1, 2, 3, 5, 8, 17, 24, 48, 64]
 
 
-def model() -> DeepseekV4:
-    """Its weights are zeros: only shapes and types choose a kernel."""
-    geometry = load_geometry("pro")
+def rank(name: str, device: str) -> DeepseekV4:
+    """One of eight processes of a released model; weights as memory has them."""
+    geometry = load_geometry(name)
     share = precompile.share(geometry, 8, 1)
     made = DeepseekV4(
-        precompile.shortened(geometry), Precision.SERVING, share, "cuda", parts="backbone"
+        precompile.shortened(geometry), Precision.SERVING, share, device, parts="backbone"
     )
-    for parameter in made.parameters():
-        parameter.data.view(torch.uint8).zero_()
     for module in made.modules():
         if isinstance(module, FeedForward):
             module.prepare()
@@ -37,8 +38,8 @@ def model() -> DeepseekV4:
 
 
 @torch.inference_mode()
-def live(load: precompile.Load) -> None:
-    engine = Engine(model(), 4 * load.context, load.requests)
+def live(model: DeepseekV4, load: precompile.Load) -> None:
+    engine = Engine(model, 4 * load.context, load.requests)
     engine._slots = engine._slots[:, : load.context + 4].contiguous()  # the host's table
     for lengths in PREFILLS:
         batch = [(engine.open(), [7] * length) for length in lengths]
@@ -52,10 +53,9 @@ def live(load: precompile.Load) -> None:
                 engine.reserve([sequence], context + 1 - sequence.length)
                 sequence.length = context
             plan = engine.plan([(each, 1) for each in sequences], static=True)
-            engine.logits(engine.model(engine.ids([7] * requests), plan, engine.caches))
+            engine.logits(model(engine.ids([7] * requests), plan, engine.caches))
         for sequence in sequences:
             engine.close(sequence)
-    torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -65,7 +65,11 @@ def main() -> None:
         (found if cache_hit else compiled).append(metadata["name"])
 
     knobs.compilation.listener = listen
-    live(precompile.Load(**json.loads(sys.argv[1])))
+    model = rank("pro", "cuda")
+    for parameter in model.parameters():  # whose values only must not lead out of a table
+        parameter.data.view(torch.uint8).zero_()
+    live(model, precompile.Load(**json.loads(sys.argv[1])))
+    torch.cuda.synchronize()
     print(json.dumps({"found": len(found), "compiled": compiled}))
 
 

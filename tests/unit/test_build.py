@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsv4_plugin.checkpoint.released import load_geometry
 from dsv4_plugin.cli import main
@@ -121,6 +122,27 @@ def test_a_life_drawn_at_random_meets_no_other_kernel(monkeypatch):
     planned = precompile.steps
     monkeypatch.setattr(precompile, "steps", life)
     assert precompile.count(geometry, layout, "gfx950", load) == known
+
+
+def test_tensors_meet_what_their_shapes_alone_met(monkeypatch):
+    """A life of an engine whose tensors hold numbers, on a GPU that is not there."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
+    import life
+
+    monkeypatch.setenv("DSV4_WEIGHTS", "packed")
+    geometry, load = load_geometry("flash"), precompile.Load(2048, 64, 1 << 16)
+    planned, met = set(), set()
+
+    def plan(number, kernel, *args, grid, **kwargs):
+        planned.add((kernel.__name__, precompile.variant_key(kernel, args, kwargs)))
+
+    def launch(kernel, *args, grid, warmup, **kwargs):
+        met.add((kernel.__name__, precompile.variant_key(kernel, args, kwargs)))
+
+    precompile._each_variant(geometry, precompile.share(geometry, 8, 1), "sm_90", load, plan)
+    with torch.inference_mode(), precompile._believing_in("sm_90", launch):
+        life.live(life.rank("flash", "cpu"), load)
+    assert met - planned == set() and len(met) > len(planned) / 2
 
 
 def test_nothing_is_done_twice_and_damage_is_repaired(built):
