@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     archive = parser.add_mutually_exclusive_group()
     archive.add_argument("--pack", metavar="FILE", help="then write what was built to an archive")
+    archive.add_argument(
+        "--wheel", metavar="DIR", help="then write a wheel: where it is installed a server takes it"
+    )
     archive.add_argument("--unpack", metavar="FILE", help="take an archive in; MODEL is left out")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
 
@@ -66,6 +69,12 @@ def run(arguments: argparse.Namespace) -> int:
         size = kernel_cache.pack([built.manifest], cache, Path(arguments.pack))
         if not arguments.json:
             print(f"packed into {arguments.pack}: {size / 1e6:.1f} MB")
+    if arguments.wheel:
+        from ..runtime import kernel_wheel
+
+        path = kernel_wheel.write(built.manifest, cache, Path(arguments.wheel))
+        if not arguments.json:
+            print(f"pip install {path}    # {path.stat().st_size / 1e6:.1f} MB")
     return 0
 
 

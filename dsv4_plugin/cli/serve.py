@@ -225,7 +225,7 @@ def kernel_line(arguments: argparse.Namespace) -> str | None:
     from .. import device, flags
     from ..config import Geometry, Precision
     from ..roofline import memory_plan as plans
-    from ..runtime import kernel_cache, languages, precompile
+    from ..runtime import kernel_cache, kernel_wheel, languages, precompile
 
     arch = device.arch()
     if (
@@ -252,6 +252,13 @@ def kernel_line(arguments: argparse.Namespace) -> str | None:
     begin = partial(
         print, "dsv4 serve: kernels: building those that the cache lacks of", flush=True
     )
+    refused = ""
+    archive = kernel_wheel.installed(manifest)
+    if archive is not None and not (kernel_cache.root() / manifest.name).exists():
+        try:
+            kernel_cache.unpack(archive, kernel_cache.root())
+        except (kernel_cache.BuildError, OSError) as error:
+            refused = f"; those of an installed wheel are not taken: {error}"
     try:
         built = kernel_cache.build(manifest, geometry, load, kernel_cache.root(), jobs, begin)
     except (kernel_cache.BuildError, OSError) as error:
@@ -260,7 +267,8 @@ def kernel_line(arguments: argparse.Namespace) -> str | None:
     os.environ.update(places)
     return (
         f"kernels: {len(built.manifest.kernels)} in the cache, {built.compiled} of them compiled"
-        f" now, in {built.seconds:.1f} s" + "".join(f"; {name}={at}" for name, at in places.items())
+        f" now, in {built.seconds:.1f} s{refused}"
+        + "".join(f"; {name}={at}" for name, at in places.items())
     )
 
 

@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ from dsv4_plugin import device
 from dsv4_plugin.cli import serve
 from dsv4_plugin.host import launch, options
 from dsv4_plugin.parallel import ParallelError
-from dsv4_plugin.runtime import precompile
+from dsv4_plugin.runtime import kernel_cache, kernel_wheel, precompile
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +349,7 @@ class TestKernelsBeforeAStart:
     @pytest.fixture(autouse=True)
     def gpu(self, monkeypatch, tmp_path):
         monkeypatch.setattr(device, "arch", lambda: "gfx950")
-        monkeypatch.setattr("triton.knobs.cache.dir", str(tmp_path))
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels"))
 
     def line(self, golden_dir, *words) -> str | None:
         parser = argparse.ArgumentParser()
@@ -356,14 +358,29 @@ class TestKernelsBeforeAStart:
         arguments, arguments.other = parser.parse_known_args(words)
         return serve.kernel_line(arguments)
 
-    def test_those_that_are_missing_are_compiled(self, golden_dir, tmp_path, capfd):
-        """The golden model's sizes are too small for most kernels; those of the plan are there."""
+    def test_those_that_are_missing_are_compiled(self, golden_dir, tmp_path, capfd, monkeypatch):
+        """Or taken from a wheel. The golden model's sizes are too small for most kernels; those of
+        the plan are there."""
         words = "--chunked-prefill-size 256 --max-running-requests 1 --context-length 512".split()
         first = self.line(golden_dir, *words)
         assert "building those that the cache lacks of" in capfd.readouterr().out
         kernels, compiled = map(int, re.findall(r"(\d+) (?:in the cache|of them compiled)", first))
-        assert kernels == compiled == len(list(tmp_path.glob("*/*.hsaco"))) > 5
+        assert kernels == compiled == len(list(tmp_path.glob("*/*/*.hsaco"))) > 5
         assert f"kernels: {kernels} in the cache, 0 of them" in self.line(golden_dir, *words)
+
+        wheels, site = tmp_path / "wheels", tmp_path / "site"
+        (path,) = (tmp_path / "kernels").glob("dsv4-golden-*.json")
+        wheel = kernel_wheel.write(kernel_cache.Manifest.read(path), path.parent, wheels)
+        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
+        subprocess.run([*install, "--target", str(site), str(wheel)], check=True)
+        monkeypatch.syspath_prepend(str(site))
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "another machine"))
+        assert f"kernels: {kernels} in the cache, 0 of them" in self.line(golden_dir, *words)
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "one of other versions"))
+        monkeypatch.setattr(kernel_cache, "sources", lambda: "another source")
+        built = kernel_cache.Built(kernel_cache.Manifest.read(path), 0, 0, 0.0)
+        monkeypatch.setattr(kernel_cache, "build", lambda *arguments: built)
+        assert "an installed wheel are not taken: " in self.line(golden_dir, *words)
 
     def test_one_that_does_not_compile_stops_no_start(self, golden_dir, monkeypatch):
         def build(*arguments):
