@@ -39,6 +39,7 @@ test-all: test
 
 test-isa: install
 	$(BIN)/python -m pytest --numprocesses 2 -m "thorough or not thorough" tests/isa $(ARGS)
+	$(BIN)/python -m pytest -m thorough tests/isa/flydsl_machine_code.py $(ARGS)
 	$(BIN)/python tests/isa/mutants.py
 
 demo: install

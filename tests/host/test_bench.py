@@ -94,6 +94,7 @@ def test_a_second_call_runs_only_what_is_missing(url, swept, capsys):
     assert json.loads((out / "conc-2.json").read_text()) == before[2]
 
 
+@pytest.mark.thorough
 def test_offline_and_bounded_arrivals_become_curves_of_their_own(url, tmp_path, capsys):
     assert main(["bench", url, "--offline", "4", *QUICK, "--out", str(tmp_path)]) == 0
     # No machine keeps a microsecond; at one request in ten seconds none waits for another, so one

@@ -39,8 +39,12 @@ def test_the_root_is_the_hosts(given, monkeypatch):
     ("environment", "place"),
     [
         ({"DSV4_MHC_POST": "tilelang"}, "/kernels/triton/tilelang"),
-        ({"DSV4_MHC_POST": "tilelang", "TILELANG_CACHE_DIR": "/mine"}, "/mine"),
-        ({}, "/kernels/tilelang"),
+        pytest.param(
+            {"DSV4_MHC_POST": "tilelang", "TILELANG_CACHE_DIR": "/mine"},
+            "/mine",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param({}, "/kernels/tilelang", marks=pytest.mark.thorough),
     ],
     ids=["named", "set by the user", "not named"],
 )

@@ -53,6 +53,7 @@ def test_a_healthy_machine():
     assert any("reject_out_of_tree_path" in seam for seam in seams) and len(seams) >= 4
 
 
+@pytest.mark.thorough
 def test_another_plugin_that_holds_the_model_is_named(tmp_path):
     """A real plugin, found by its entry point like ours, that keeps the model for itself."""
     (tmp_path / "thief.py").write_text(

@@ -33,6 +33,7 @@ def prompts(golden_geometry):
     ]
 
 
+@pytest.mark.thorough
 def test_logits_after_a_hit_in_host_memory_are_those_of_a_hit_in_the_pool(
     schedulers, prompts, golden_dir
 ):

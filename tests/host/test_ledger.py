@@ -117,6 +117,7 @@ def test_a_lost_seam_is_logged_or_stops_the_start(ledger, monkeypatch, caplog):
         ledger.verify("in this test")
 
 
+@pytest.mark.thorough
 def test_a_seam_that_another_plugin_took_stops_a_strict_server(golden_dir, tmp_path):
     """The other plugin uses the host's hooks, which apply after every plugin has loaded, ours
     included."""

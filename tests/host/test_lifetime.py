@@ -41,7 +41,11 @@ def wait_for(condition, seconds: float) -> bool:
         # The detokenizer and the second rank are still importing then.
         pytest.param(signal.SIGTERM, "Load weight begin", 60, id="TERM while weights load"),
         # What still imports leaves when it has.
-        pytest.param(signal.SIGKILL, "server_args=", READY_SECONDS, id="KILL while workers import"),
+        pytest.param(
+            *(signal.SIGKILL, "server_args=", READY_SECONDS),
+            marks=pytest.mark.thorough,
+            id="KILL while workers import",
+        ),
     ],
 )
 def test_no_process_is_left(golden_dir, tmp_path, number, reached, seconds):

@@ -104,12 +104,15 @@ def test_the_comparison_sees_the_plugin_when_it_is_on(without):
     "others",
     [
         {},
-        {
-            "DSV4_DEVICE": "cpu",
-            "DSV4_PROFILE": "safe",
-            "DSV4_NO_SUCH_FLAG": "1",
-            "DSV4_STRICT": "1",
-        },
+        pytest.param(
+            {
+                "DSV4_DEVICE": "cpu",
+                "DSV4_PROFILE": "safe",
+                "DSV4_NO_SUCH_FLAG": "1",
+                "DSV4_STRICT": "1",
+            },
+            marks=pytest.mark.thorough,
+        ),
     ],
     ids=["alone", "whatever else is set"],
 )

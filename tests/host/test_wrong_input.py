@@ -194,9 +194,14 @@ def test_dsv4_serve_refuses_a_switch_that_cannot_run(golden_dir, capsys, monkeyp
     [
         (["--nosuch"], "unrecognized arguments: --nosuch"),
         (["--chat-template", "nosuch"], "--chat-template nosuch is neither a template"),
-        (["--preferred-sampling-params", '{"nosuch": 1}'], "--preferred-sampling-params cannot"),
-        (["--completion-template", "/dev/null"], "nor a file that ends in .json"),
-        (["--retraction-policy", "priority"], "requires --enable-priority-scheduling"),
+        *(
+            pytest.param(*each, marks=pytest.mark.thorough)
+            for each in (
+                (["--preferred-sampling-params", '{"nosuch": 1}'], "--preferred-sampling-params"),
+                (["--completion-template", "/dev/null"], "nor a file that ends in .json"),
+                (["--retraction-policy", "priority"], "requires --enable-priority-scheduling"),
+            )
+        ),
     ],
 )
 def test_what_the_host_refuses_is_one_line(golden_dir, words, named):

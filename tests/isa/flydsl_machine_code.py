@@ -237,6 +237,7 @@ def test_nothing_is_used_before_it_arrived(compiled):
         assert not hazards.check_waits(program) + wait_states.check_wait_states(program)
 
 
+@pytest.mark.thorough
 def test_the_trained_checkpoint_recalls_by_it(monkeypatch):
     """A step of four tokens, all experts in FlyDSL and the rest in references, gives the thing that
     was told 1,024 tokens before."""

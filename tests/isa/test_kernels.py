@@ -20,7 +20,11 @@ from gfx950.races import Trace
 CASES = executions.all_cases()
 ALONE = Options(seed=1, together=False, late=True)
 """Each wave on its own from barrier to barrier, in random order; loads arrive when waited for."""
-ORDERS = pytest.mark.parametrize("options", [WATCHED, ALONE], ids=["lockstep", "alone-late"])
+ORDERS = pytest.mark.parametrize(
+    "options",
+    [WATCHED, pytest.param(ALONE, marks=pytest.mark.thorough)],
+    ids=["lockstep", "alone-late"],
+)
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 _known: dict[tuple[Case, Options], Outcome] = {}
 

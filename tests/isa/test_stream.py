@@ -30,7 +30,12 @@ def named(text: str, accumulators_at: int) -> set[int]:
 
 
 @pytest.mark.parametrize(
-    "case", executions.all_cases(), ids=lambda case: case.name
+    "case",
+    [
+        pytest.param(each, marks=pytest.mark.thorough if each.implementation == "tilelang" else ())
+        for each in executions.all_cases()
+    ],
+    ids=lambda case: case.name,
 )  # one compiled kernel may serve several cases: it is compared again, in milliseconds
 def test_decoders_agree(case):
     """Every instruction has the same name, and reads or writes the registers that its text names

@@ -157,6 +157,7 @@ def test_nothing_is_done_twice_and_damage_is_repaired(built):
     assert replayed(cache)[1] == "0"
 
 
+@pytest.mark.thorough
 def test_a_build_that_was_killed_goes_on(built, tmp_path):
     """From a cache that lacks a dozen kernels, and whose manifest was never written."""
     cache, manifest = built

@@ -233,6 +233,7 @@ print(json.dumps([resolved("unset"), resolved(own), resolved(int), spoken]))
 """
 
 
+@pytest.mark.thorough
 def test_pool_asks_the_platform(wheel):
     assert run_with(wheel, _POOL) == ["KeyError", "KeyError", "KeyError", 1]
     assert run_with(patched(wheel, "pool-platform-seam"), _POOL) == [
@@ -254,6 +255,7 @@ print(json.dumps(bool(eval(ast.unparse(value), vars(host), {"self": batch}))))
 """
 
 
+@pytest.mark.thorough
 def test_pinned_memory_is_asked_of_the_platform(wheel):
     """On the plugin's CPU platform, where pinning raises without a driver."""
     assert run_with(wheel, _PIN, DSV4_DEVICE="cpu") is True
@@ -279,6 +281,7 @@ print(json.dumps([*found, getattr(AttentionBackend, "supports_draft_extend_graph
 """
 
 
+@pytest.mark.thorough
 def test_draft_backends_come_from_the_registry(wheel):
     assert run_with(wheel, _DRAFT) == ["in-tree", "in-tree", None]
     assert run_with(patched(wheel, "draft-backends-from-registry"), _DRAFT) == [
