@@ -99,14 +99,13 @@ def pretend(chip: Chip) -> Iterator[list[Launch]]:
         )
         return compiled
 
-    # A kernel from the cache on disk would not be compiled, and LLVM's errors not seen.
-    cache = knobs.cache.dir
-    knobs.cache.dir = _fresh_cache()
-    driver.set_active(Driver(chip.arch, chip.target))
-    JITFunction.run, device.arch = compile_only, lambda: chip.arch
-    try:
-        yield launches
-    finally:
-        JITFunction.run, device.arch = launch, arch
-        driver.set_active(before)
-        knobs.cache.dir = cache
+    with knobs.cache.scope():
+        # A kernel from the cache on disk would not be compiled, and LLVM's errors not seen.
+        knobs.cache.dir = _fresh_cache()
+        driver.set_active(Driver(chip.arch, chip.target))
+        JITFunction.run, device.arch = compile_only, lambda: chip.arch
+        try:
+            yield launches
+        finally:
+            JITFunction.run, device.arch = launch, arch
+            driver.set_active(before)
