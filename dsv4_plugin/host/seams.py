@@ -77,33 +77,34 @@ def _handle_dspark_on_cpu(server_args: Any) -> None:
         speculative_hook.resolving_view = view
 
 
+def _constructed(architecture: str, value: type, what: str, test: str) -> Seam:
+    """The host's registry holds `value` for `architecture`."""
+    return Seam(
+        target=f"sglang.srt.models.registry.ModelRegistry.models[{architecture!r}]",
+        why=f"the host constructs our {what} instead of its own",
+        remove="never: this is the host's registry for it",
+        test=test,
+        value=value,
+        take=lambda value: ModelRegistry.models.update({architecture: value}),
+        found=lambda: [ModelRegistry.models.get(architecture)],
+    )
+
+
 SEAMS: tuple[Seam, ...] = (
-    Seam(
-        target=f"sglang.srt.models.registry.ModelRegistry.models[{ARCHITECTURE!r}]",
-        why="the host constructs our model for this architecture instead of its own",
-        remove="never: this is the host's registry for it",
-        test="tests/host/test_ledger.py",
-        value=DeepseekV4ForCausalLM,
-        take=lambda value: ModelRegistry.models.update({ARCHITECTURE: value}),
-        found=lambda: [ModelRegistry.models.get(ARCHITECTURE)],
+    _constructed(
+        ARCHITECTURE,
+        DeepseekV4ForCausalLM,
+        "model for this architecture",
+        "tests/host/test_ledger.py",
     ),
-    Seam(
-        target=f"sglang.srt.models.registry.ModelRegistry.models[{DSPARK!r}]",
-        why="the host constructs our stages for a DSpark draft instead of its own",
-        remove="never: this is the host's registry for it",
-        test="tests/host/test_dspark.py",
-        value=DeepseekV4ForCausalLMDSpark,
-        take=lambda value: ModelRegistry.models.update({DSPARK: value}),
-        found=lambda: [ModelRegistry.models.get(DSPARK)],
+    _constructed(
+        DSPARK,
+        DeepseekV4ForCausalLMDSpark,
+        "stages for a DSpark draft",
+        "tests/host/test_dspark.py",
     ),
-    Seam(
-        target=f"sglang.srt.models.registry.ModelRegistry.models[{MTP!r}]",
-        why="the host constructs our MTP block for a draft instead of its own",
-        remove="never: this is the host's registry for it",
-        test="tests/host/test_mtp.py",
-        value=DeepseekV4ForCausalLMNextN,
-        take=lambda value: ModelRegistry.models.update({MTP: value}),
-        found=lambda: [ModelRegistry.models.get(MTP)],
+    _constructed(
+        MTP, DeepseekV4ForCausalLMNextN, "MTP block for a draft", "tests/host/test_mtp.py"
     ),
     Seam(
         target=f"sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS[{BACKEND!r}]",

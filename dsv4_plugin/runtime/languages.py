@@ -83,7 +83,8 @@ class Variant:
 
 def named() -> list[str]:
     """The languages that flags name and that are installed."""
-    return [name for name in DIRECTORIES if name in choices().values() and version(name)]
+    wanted = choices().values()
+    return [name for name in DIRECTORIES if name in wanted and version(name)]
 
 
 def choices() -> dict[str, str]:
